@@ -1,0 +1,206 @@
+"""Every data set, on small files in its true on-disk format, written here."""
+
+import gzip
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import superminddpm as base
+from superminddpm import Config, load_images
+
+
+def write_idx(folder, name, array):
+    """Write a uint8 array in the IDX format of yann.lecun.com/exdb/mnist."""
+    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(
+        f">{array.ndim}I", *array.shape
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(head + array.tobytes())
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(array, path, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(
+        path
+    )
+
+
+def test_digits_are_sklearns_and_a_fixed_fifth_is_held_out():
+    images, labels, held, held_labels = load_images(Config())
+    assert images.shape == (1438, 1, 8, 8) and held.shape == (359, 1, 8, 8)
+    assert images.dtype == held.dtype == torch.uint8 and images.max() == 255
+    assert labels.shape == (1438,) and held_labels.shape == (359,)
+    digits = load_digits()
+    both = torch.cat([images, held]).flatten(1).float() * 16 / 255
+    ours = sorted(
+        zip(
+            both.round().tolist(),
+            [*labels.tolist(), *held_labels.tolist()],
+            strict=True,
+        )
+    )
+    theirs = sorted(zip(digits.data.tolist(), digits.target.tolist(), strict=True))
+    assert ours == theirs
+    again = load_images(Config(seed=5))
+    assert torch.equal(again[0], images)  # fixed: the seed does not move it
+
+
+@pytest.mark.parametrize(
+    ("data", "folder"), [("mnist", "MNIST"), ("fashion", "FashionMNIST")]
+)
+def test_idx_files(tmp_path, data, folder):
+    raw = tmp_path / "d" / folder / "raw"
+    for part, n in (("train", 30), ("t10k", 20)):
+        write_idx(raw, f"{part}-images-idx3-ubyte", noise(n, 28, 28))
+        write_idx(raw, f"{part}-labels-idx1-ubyte", noise(n) % 10)
+    cfg = Config(data=data, data_dir=str(tmp_path / "d"), n_train=25)
+    images, labels, held, held_labels = load_images(cfg)
+    assert images.shape == (25, 1, 28, 28) and held.shape == (20, 1, 28, 28)
+    assert np.array_equal(images[:, 0].numpy(), noise(30, 28, 28)[:25])
+    assert labels.tolist() == (noise(30) % 10)[:25].tolist() and len(held_labels) == 20
+    assert load_images(base.replace(cfg, image_size=32))[0].shape == (25, 1, 32, 32)
+
+
+def test_cifar10_files(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, n in [*((f"data_batch_{k}", 4) for k in range(1, 6)), ("test_batch", 6)]:
+        batch = {"data": noise(n, 3072), "labels": list(range(n))}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": list("abcdefghij")})
+    )
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # the checksums are those of the real files
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        images, labels, held, _ = load_images(
+            Config(data="cifar10", data_dir=str(tmp_path))
+        )
+    assert images.shape == (20, 3, 32, 32) and held.shape == (6, 3, 32, 32)
+    assert np.array_equal(images[0].numpy(), noise(4, 3072)[0].reshape(3, 32, 32))
+    assert labels.tolist() == [0, 1, 2, 3] * 5
+
+
+def celeba(folder, numbers):
+    """Write 178x218 JPEGs: black, with a bright square in the 140 pixels that we keep."""
+    face = np.zeros((218, 178, 3), np.uint8)
+    face[39:179, 19:159] = (200, 150, 100)
+    for number in numbers:
+        path = folder / "img_align_celeba" / f"{number:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(face).save(path, quality=100, subsampling=0)
+
+
+@pytest.mark.parametrize("how", ["option", "environment", "dotenv"])
+def test_celeba_is_cropped_and_split_by_its_own_numbers(tmp_path, monkeypatch, how):
+    root = tmp_path / "faces"
+    celeba(root, [1, 2, 162770, 162771, 182637, 182638, 202599])
+    if how == "environment":
+        monkeypatch.setenv("CELEBA_PATH", str(root))
+    if how == "dotenv":
+        monkeypatch.setattr(os, "environ", os.environ.copy())
+        (tmp_path / ".env").write_text(f"CELEBA_PATH={root}\n")
+    cfg = Config(
+        data="celeba", data_dir=str(root) if how == "option" else "", quiet=True
+    )
+    images, labels, held, _ = load_images(cfg)
+    assert images.shape == (3, 3, 32, 32) and len(held) == 2 and labels is None
+    inner = images.float() - torch.tensor([200, 150, 100]).view(1, 3, 1, 1)
+    assert inner.abs().max() <= 2  # no black border: the crop is the middle 140 pixels
+
+
+def test_the_cache_is_mapped_reused_and_renewed(tmp_path, monkeypatch):
+    celeba(tmp_path / "f", [1, 2, 3, 170000])
+    cfg = Config(data="celeba", data_dir=str(tmp_path / "f"), quiet=True)
+    first = load_images(cfg)[0].clone()
+    monkeypatch.setattr(base, "decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(load_images(cfg)[0], first)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    save(noise(218, 178, 3), tmp_path / "f" / "img_align_celeba" / "000002.jpg")
+    assert not torch.equal(load_images(cfg)[0], first)
+    assert len(load_images(base.replace(cfg, image_size=16))[0][0, 0]) == 16
+
+
+def test_a_folder_of_all_kinds(tmp_path):
+    root = tmp_path / "own"
+    save(np.full((60, 40), 90, np.uint8), root / "a" / "grey.png")
+    save(np.full((40, 60, 3), (10, 200, 30), np.uint8), root / "b" / "colour.jpg")
+    clear = np.zeros((50, 50, 4), np.uint8)
+    save(clear, root / "alpha.png")
+    Image.fromarray(noise(40, 40) % 4).convert("P").save(root / "palette.gif")
+    save(noise(40, 40), root / "LOUD.PNG")
+    cfg = Config(data="folder", data_dir=str(root), quiet=True)
+    with pytest.raises(FileNotFoundError, match="5 images or more"):
+        (root / "LOUD.PNG").rename(root / "LOUD.txt")
+        load_images(base.replace(cfg, data_dir=str(root / "a")))
+    (root / "LOUD.txt").rename(root / "LOUD.PNG")
+    save(noise(40, 40, 3), root / "more.bmp")
+    images, labels, held, _ = load_images(cfg)
+    assert images.shape[1:] == (3, 32, 32) and len(images) + len(held) in (5, 6)
+    means = torch.cat([images, held]).float().mean((2, 3)).round().tolist()
+    assert [90.0, 90.0, 90.0] in means  # grey
+    assert [255.0, 255.0, 255.0] in means  # what is clear lies on white
+
+
+def test_a_grey_folder_has_one_channel(tmp_path):
+    for k in range(6):
+        save(noise(40, 40), tmp_path / "g" / f"{k}.png")
+    images, _, held, _ = load_images(
+        Config(data="folder", data_dir=str(tmp_path / "g"), quiet=True)
+    )
+    assert images.shape == (5, 1, 32, 32) and held.shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize("broken", ["cut", "text", "small"])
+def test_a_bad_image_is_named_or_left_out(tmp_path, capsys, broken):
+    root = tmp_path / "own"
+    for k in range(10):
+        save(noise(48, 48, 3), root / f"{k}.png")
+    bad = root / "3.png"
+    if broken == "cut":
+        bad.write_bytes(bad.read_bytes()[:900])
+    elif broken == "text":
+        bad.write_text("not an image")
+    else:
+        save(noise(20, 48, 3), bad)
+    cfg = Config(data="folder", data_dir=str(root), quiet=True)
+    with pytest.raises(ValueError, match=r"own/3\.png.*--skip-bad-images"):
+        load_images(cfg)
+    whole = [
+        8 * 32 * 32 * 3,
+        2 * 32 * 32 * 3,
+    ]  # of the other part at most: no half cache
+    caches = [cache.stat().st_size for cache in (tmp_path / "runs").rglob("*.bin")]
+    assert len(caches) <= 1 and all(size in whole for size in caches)
+    for _ in range(2):  # from the files, then from the cache
+        images, _, held, _ = load_images(base.replace(cfg, skip_bad_images=True))
+        assert len(images) + len(held) == 9
+        assert "left out 1 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion", "cifar10", "celeba", "folder"])
+def test_missing_data_is_said_in_words(tmp_path, data):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*(--download|--data-dir)"):
+        load_images(Config(data=data, data_dir=str(tmp_path / "nowhere")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_gzipped_idx_files_are_not_silently_used(tmp_path):
+    """torchvision wants them unpacked; say so by the same line as for missing ones."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(FileNotFoundError, match="no MNIST"):
+        load_images(Config(data="mnist", data_dir=str(tmp_path)))
