@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, an empty working folder, processes that start fast."""
+"""Shared by all tests: one thread, an empty folder, processes that start fast."""
 
 import multiprocessing
 import os

@@ -93,7 +93,7 @@ def test_cifar10_files(tmp_path):
 
 
 def celeba(folder, numbers):
-    """Write 178x218 JPEGs: black, with a bright square in the 140 pixels that we keep."""
+    """Write 178x218 JPEGs: black, but bright in the 140 pixels that we keep."""
     face = np.zeros((218, 178, 3), np.uint8)
     face[39:179, 19:159] = (200, 150, 100)
     for number in numbers:

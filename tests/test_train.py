@@ -341,8 +341,9 @@ def test_nan_weights_of_the_last_step_are_not_saved(monkeypatch):
 
 
 def test_torchrun_brings_a_killed_worker_back(tmp_path):
-    """One kill of one of two workers; torchrun restarts both and they go on by themselves."""
-    options = "--n-feat 8 --batch 32 --n-train 160 --steps 60 --save-every 1 --sample-every 99"
+    """Kill one of two workers: torchrun restarts both, and they go on by themselves."""
+    options = "--n-feat 8 --batch 32 --n-train 160 --steps 60"
+    options += " --save-every 1 --sample-every 99"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node=2", "--max-restarts=1", str(ROOT / "superminddpm.py")]
     with open("log", "w") as log:
