@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import tyro
 from dotenv import load_dotenv
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -52,14 +52,14 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 # What each data set asks for; an option on the command line wins.
-RECIPE = "image_size", "n_feat", "epochs", "batch", "lr", "sample_every", "save_every"
+RECIPE = "image_size n_feat epochs batch lr ema_decay sample_every save_every".split()
 RECIPES = {
-    "digits": (8, 16, 75, 64, 1.2e-2, 15, 25),
-    "mnist": (28, 32, 20, 128, 2e-3, 1, 5),
-    "fashion": (28, 32, 20, 128, 2e-3, 1, 5),
-    "cifar10": (32, 64, 200, 128, 1e-3, 5, 20),
-    "celeba": (32, 32, 80, 256, 1e-3, 1, 10),
-    "folder": (32, 32, 100, 64, 1e-3, 5, 20),
+    "digits": (8, 16, 75, 64, 1.2e-2, 0.995, 15, 25),
+    "mnist": (28, 32, 20, 128, 2e-3, 0.999, 1, 5),
+    "fashion": (28, 32, 20, 128, 2e-3, 0.999, 1, 5),
+    "cifar10": (32, 64, 200, 128, 1e-3, 0.9995, 5, 20),
+    "celeba": (32, 32, 80, 256, 1e-3, 0.9995, 1, 10),
+    "folder": (32, 32, 100, 64, 1e-3, 0.999, 5, 20),
 }
 
 
@@ -82,7 +82,7 @@ class Config:
     lr_decay: bool = True  # let it fall to 0 towards the end, linearly
     warmup: int = 50  # steps over which it rises from 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: off)
-    ema_decay: float = 0.995  # of the averaged weights, per step (0: no average)
+    ema_decay: float = None  # of the averaged weights, per step (0: no average)
     seed: int = 0  # of weights, order, noise and samples
     bf16: bool = True  # bf16 autocast where the GPU is fast at it (Ampere and later)
     compile: bool = False  # torch.compile the network: a slow start, then faster
@@ -105,9 +105,9 @@ class Config:
         for name, value in zip(RECIPE, RECIPES[self.data], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        counts = ("n_samples", "sampling_steps", *RECIPE)
         for name, value in asdict(self).items():
-            least = 1 if name in ("n_samples", "sampling_steps", *RECIPE) else 0
-            least = 0 if isinstance(value, float) else least
+            least = 1 if name in counts and isinstance(value, int) else 0
             if isinstance(value, (int, float)) and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
         if self.image_size < 8 or self.image_size % 4 or self.n_feat % 8:
@@ -151,14 +151,14 @@ def find_files(cfg):
 def decode(file, cfg):
     """Return the middle square of an image file, on white, as (S, S, 3) bytes."""
     try:
-        image = Image.open(file).convert("RGBA")
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
-        if min(image.size) < cfg.image_size:
-            raise ValueError(f"{image.size} is below --image-size {cfg.image_size}")
-        image = center_crop(image, 140 if cfg.data == "celeba" else min(image.size))
+        side = 140 if cfg.data == "celeba" else min(image.size)  # 140: just the face
+        if min(side, *image.size) < cfg.image_size:
+            raise ValueError(f"{image.size} is too small for --image-size")
         size = (cfg.image_size, cfg.image_size)
-        return image.resize(size, Image.Resampling.LANCZOS).tobytes()
+        return center_crop(image, side).resize(size, Image.Resampling.LANCZOS).tobytes()
     except Exception as error:  # PIL raises nearly anything on a broken file
         if cfg.skip_bad_images:
             return b""
@@ -181,6 +181,8 @@ def decode_all(files, cfg):
                 f.write(image)
         part.replace(cache)
     size = cache.stat().st_size
+    if not size:
+        raise ValueError(f"none of {len(files)} images is readable")
     pixels = torch.from_file(str(cache), size=size, dtype=torch.uint8)
     pixels = pixels.view(-1, cfg.image_size, cfg.image_size, 3)
     if len(pixels) < len(files):

@@ -190,6 +190,28 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, capsys, broken):
         assert "left out 1 of" in capsys.readouterr().out
 
 
+def test_photographs_are_turned_upright(tmp_path):
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[:10] = 255  # bright at the top; the tag says: turn it upside down
+    for k in range(6):
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        path = tmp_path / "own" / f"{k}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path, exif=exif)
+    cfg = Config(data="folder", data_dir=str(tmp_path / "own"), quiet=True)
+    image = load_images(cfg)[0][0].float()
+    assert image[:, 0].mean() < 20 and image[:, -1].mean() > 235
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    for k in range(6):
+        (tmp_path / f"{k}.png").write_text("no")
+    cfg = Config(data="folder", data_dir=str(tmp_path), skip_bad_images=True)
+    with pytest.raises(ValueError, match="none of 5 images is readable"):
+        load_images(cfg)
+
+
 @pytest.mark.parametrize("data", ["mnist", "fashion", "cifar10", "celeba", "folder"])
 def test_missing_data_is_said_in_words(tmp_path, data):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*(--download|--data-dir)"):
