@@ -4,7 +4,7 @@ In T steps an image x_0 drowns in noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_
 A UNet learns to tell eps from x_t (Algorithm 1). Asked again and again, starting from
 pure noise, it brings out an image that nobody has drawn (Algorithm 2).
 
-    python superminddpm.py                         8x8 digits: a minute on a CPU
+    python superminddpm.py                         8x8 digits: a minute, loss 0.081
     torchrun --nproc_per_node=2 superminddpm.py    the same on two processes
     python superminddpm.py --sample runs/superminddpm-digits/last.pt
     python superminddpm.py --data celeba --help    all options, values for that data

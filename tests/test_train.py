@@ -118,20 +118,61 @@ def test_t_is_uniform_up_to_T_and_noise_is_normal_and_new(monkeypatch):
     assert len(eps.flatten(1).unique(dim=0)) == len(eps)
 
 
-def test_the_average_warms_up_and_then_decays():
-    """Against a plain loop over the weights after each step."""
-    start_weights = train(small("s0", steps=1, lr=0.0, save_every=1)).net.out.bias
-    want, cfg = None, small("all", steps=12, ema_decay=0.5)
-    raw = [start_weights]
-    for steps in range(1, 13):
-        folder = Path(f"r{steps}")
-        train(base.replace(cfg, out=str(folder), steps=steps, lr_decay=False))
-        raw.append(state(folder)["net"]["net.out.bias"])
+def test_the_held_out_loss_is_fixed_and_exact():
+    """Against a plain loop over images, one at a time, at the middles of ten bands."""
+    ddpm = base.build(Config(n_feat=8, T=50), (1, 8, 8))
+    torch.nn.init.normal_(ddpm.net.out.weight)
+    held = base.load_images(Config())[2][:300]
+    torch.manual_seed(1)
+    first = base.held_out_loss(ddpm, held)
+    torch.manual_seed(2)
+    assert base.held_out_loss(ddpm, held) == first
+    assert list(first) == [2, 8, 12, 18, 22, 28, 32, 38, 42, 48]
+    g, errors = base.rng("cpu", 22), []
+    for part in (held[:256], held[256:]):
+        eps = torch.randn(part.shape, generator=g)
+        for x0, noise in zip(part / 127.5 - 1, eps, strict=True):
+            xt = ddpm.q_sample(x0[None], torch.tensor([22]), noise[None])
+            guess = ddpm.net(xt, torch.tensor([22]))[0]
+            errors.append((guess - noise).square().mean().item())
+    assert sum(errors) / 300 == pytest.approx(first[22], rel=1e-4)
+
+
+@pytest.mark.parametrize(("data", "share"), [("cifar10", 0.5), ("digits", 0.0)])
+def test_half_of_the_photographs_are_mirrored_but_no_digit(monkeypatch, data, share):
+    ramp = torch.arange(8, dtype=torch.uint8).expand(320, 1, 8, 8) * 30
+    monkeypatch.setattr(base, "load_images", lambda cfg: (ramp, None, ramp[:9], None))
+    seen, forward = [], base.DDPM.forward
+
+    def spy(self, x0, t=None, eps=None):
+        if self.training:
+            seen.append(x0[:, 0, 0, 0] > x0[:, 0, 0, 7])
+        return forward(self, x0, t, eps)
+
+    monkeypatch.setattr(base.DDPM, "forward", spy)
+    train(small("run", steps=10, data=data, image_size=8, epochs=1, save_every=99))
+    assert torch.cat(seen).float().mean().item() == pytest.approx(share, abs=0.1)
+
+
+def test_the_average_warms_up_and_then_decays(monkeypatch):
+    """Against a plain loop over the weights as each step finds and leaves them."""
+    raw, forward = [], base.DDPM.forward
+
+    def spy(self, x0, t=None, eps=None):
+        if self.training:
+            raw.append(self.net.out.bias.detach().clone())
+        return forward(self, x0, t, eps)
+
+    monkeypatch.setattr(base.DDPM, "forward", spy)
+    run = state_of(train, small("run", steps=12, ema_decay=0.5, save_every=99))
+    raw.append(run["net"]["net.out.bias"])
+    want = raw[0]
     for step, weight in enumerate(raw[1:]):
         decay = min(0.5, (1 + step) / (10 + step))
-        want = weight * (1 - decay) + decay * (raw[0] if want is None else want)
-    torch.testing.assert_close(state("r12")["ema"]["net.out.bias"], want)
-    off = state_of(train, base.replace(cfg, out="off", ema_decay=0.0))
+        want = decay * want + (1 - decay) * weight
+    assert len(raw) == 13 and (raw[-1] - want).abs().max() > 1e-3
+    torch.testing.assert_close(run["ema"]["net.out.bias"], want)
+    off = state_of(train, small("off", steps=3, ema_decay=0.0))
     assert torch.equal(off["ema"]["net.out.bias"], off["net"]["net.out.bias"])
 
 
