@@ -139,6 +139,22 @@ def test_the_loss_is_the_mean_squared_error_of_eps():
     assert ddpm(x0, t, eps).item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("steps", "sampler", "want"),
+    [
+        (1, "ddim", [1000]),
+        (3, "ddim", [1000, 667, 333]),
+        (5000, "ddim", [*range(1000, 0, -1)]),
+        (7, "ddpm", [*range(1000, 0, -1)]),
+    ],
+)
+def test_the_network_is_called_from_T_downwards(steps, sampler, want):
+    seen = []
+    ddpm = DDPM(Fixed(lambda xt, t: seen.append(t[0].item()) or xt), 1000)
+    ddpm.sample((2, 1, 8, 8), steps, sampler)
+    assert seen == want
+
+
 def test_samples_depend_on_the_generator_alone():
     ddpm = DDPM(Fixed(wave), 50)
     for sampler in ("ddim", "ddpm"):
