@@ -28,6 +28,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
@@ -95,7 +96,7 @@ class Config:
     log: Literal["none", "tensorboard", "wandb"] = "none"  # extra logging
     quiet: bool = False  # no progress bar and no messages
     sample: str = ""  # do not train, draw images from this checkpoint
-    n_samples: int = 64  # with --sample: how many PNG files, and images in the grid
+    n_samples: int = 64  # with --sample: how many PNG files; the grid shows up to 400
     sampler: Literal["ddim", "ddpm"] = "ddim"  # with --sample; ddpm makes all T steps
     sampling_steps: int = 50  # with --sample: network calls of ddim
     eta: float = 0.0  # with --sample: fresh noise of ddim, 0 (none) to 1 (like ddpm)
@@ -108,7 +109,7 @@ class Config:
         counts = ("n_samples", "sampling_steps", *RECIPE)
         for name, value in asdict(self).items():
             least = 1 if name in counts and isinstance(value, int) else 0
-            if isinstance(value, (int, float)) and not value >= least:
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
         if self.image_size < 8 or self.image_size % 4 or self.n_feat % 8:
             raise ValueError("--image-size is 8, 12, 16 ..., --n-feat is 8, 16, 24 ...")
@@ -174,12 +175,15 @@ def decode_all(files, cfg):
     cache = Path("runs", "cache", f"{cfg.data}-{key}.bin")
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(".part")
-        with ThreadPool() as pool, open(part, "wb") as f:
-            pixels = pool.imap(lambda file: decode(file, cfg), files)
-            for image in tqdm(pixels, "decoding", len(files), disable=cfg.quiet):
-                f.write(image)
-        part.replace(cache)
+        part = cache.with_suffix(f".{os.getpid()}")
+        try:
+            with ThreadPool() as pool, open(part, "wb") as f:
+                pixels = pool.imap(lambda file: decode(file, cfg), files)
+                for image in tqdm(pixels, "decoding", len(files), disable=cfg.quiet):
+                    f.write(image)
+            part.replace(cache)
+        finally:
+            part.unlink(missing_ok=True)
     size = cache.stat().st_size
     if not size:
         raise ValueError(f"none of {len(files)} images is readable")
@@ -223,9 +227,9 @@ def load_images(cfg):
                 getattr(datasets, name)(root, train=part, download=cfg.download)
                 for part in (True, False)
             ]
-        except RuntimeError:
+        except Exception:  # missing, broken and unreachable files raise different ones
             how = "--data-dir says where it lies, --download gets it"
-            raise FileNotFoundError(f"no {name} in {root}: {how}") from None
+            raise FileNotFoundError(f"no usable {name} in {root}: {how}") from None
         train, held = ((part.data, part.targets) for part in both)
     images, labels = as_images(*train, cfg.n_train, cfg.image_size)
     return images, labels, *as_images(*held, 1024, cfg.image_size)
@@ -275,6 +279,7 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, n)
         self.out = nn.Conv2d(n, channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, t):
         half = self.time1.in_features // 2
@@ -321,8 +326,10 @@ class DDPM(nn.Module):
 
     def eps_hat(self, xt, t):
         """Return the network's guess of the noise in xt, float32."""
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.net(xt, t).float()
+        fast = self.bf16 and xt.is_cuda
+        with torch.autocast(xt.device.type, torch.bfloat16, enabled=fast):
+            eps_hat = self.net(xt, t)
+        return eps_hat.float()
 
     def forward(self, x0, t=None, eps=None):
         """Return the loss, Eq. 14, a scalar. None: t is uniform in 1..T, eps normal."""
@@ -332,7 +339,8 @@ class DDPM(nn.Module):
             eps = torch.randn_like(x0)
         xt = self.q_sample(x0, t, eps)
         eps_hat = self.eps_hat(xt, t)
-        error = (eps_hat - eps).square().mean((1, 2, 3))  # (B,)
+        target = eps
+        error = (eps_hat - target).square().mean((1, 2, 3))  # (B,)
         loss = error.mean()
         return loss
 
@@ -362,7 +370,8 @@ class DDPM(nn.Module):
         x0_hat, eps_hat = self.predict(xt, t)
         sigma = eta * ((1 - ab_s) / (1 - ab) * (1 - ab / ab_s)).sqrt()
         z = torch.randn(xt.shape, generator=generator, device=xt.device)
-        return ab_s.sqrt() * x0_hat + (1 - ab_s - sigma**2).sqrt() * eps_hat + sigma * z
+        towards = (1 - ab_s - sigma**2).clamp(min=0).sqrt()
+        return ab_s.sqrt() * x0_hat + towards * eps_hat + sigma * z
 
     @torch.no_grad()
     def sample(self, shape, steps=50, sampler="ddim", eta=0.0, generator=None, xt=None):
@@ -386,6 +395,7 @@ class DDPM(nn.Module):
 
 # ---- 5. Training -------------------------------------------------------------------
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts here under --max-restarts
+STATE = "config shape step net ema opt losses history".split()  # of a checkpoint
 
 
 def join_processes():
@@ -394,6 +404,10 @@ def join_processes():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"more processes than the {torch.cuda.device_count()} GPUs"
+            )
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
@@ -401,7 +415,9 @@ def join_processes():
             # torchrun keeps its store over a restart, with the addresses of the dead
             store = dist.PrefixStore(os.environ.get(RESTARTS, "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        wait = timedelta(hours=2)  # others wait while one decodes a large data set
+        group = {"rank": rank, "world_size": world, "store": store, "timeout": wait}
+        dist.init_process_group(backend, **group)
     return device, rank, world
 
 
@@ -442,7 +458,7 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in fields(Config)} & state["config"].keys()
         config = Config(**{name: state["config"][name] for name in known})
-        return {**state, "config": config}
+        return {**{key: state[key] for key in STATE}, "config": config}
     except Exception as error:  # torch.load raises nearly anything on a foreign file
         why = type(error).__name__
         raise ValueError(f"{path} is no checkpoint, or cut short ({why})") from None
@@ -485,17 +501,32 @@ def next_free(base):
     return free, before
 
 
+def job():
+    """Return a name for this start of torchrun (or python), which a restart keeps."""
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid() if alone else ''}"
+
+
 def find_run(cfg):
-    """Return the run folder that cfg means, and a checkpoint to go on from, or None."""
+    """Return the run folder that cfg means, and a checkpoint to go on from, or None.
+
+    Raises ValueError rather than let a run be overwritten.
+    """
     free, newest = next_free(Path("runs", f"{Path(__file__).stem}-{cfg.data}"))
-    if cfg.resume == "auto" or int(os.environ.get(RESTARTS, 0)):
-        last = Path(cfg.out or newest, "last.pt")
-        return last.parent, last if last.exists() else None
-    if cfg.resume:
-        return Path(cfg.out or Path(cfg.resume).parent), Path(cfg.resume)
-    if cfg.out and Path(cfg.out, "config.json").exists():
-        raise ValueError(f"{cfg.out} holds a run: --resume auto goes on with it")
-    return Path(cfg.out or free), None
+    path = Path(cfg.resume)
+    in_place = path.name == "last.pt" and cfg.out in ("", str(path.parent))
+    out = Path(cfg.out or (path.parent if in_place else newest))
+    about = out / "config.json"
+    ours = about.exists() and json.loads(about.read_text()).get("job") == job()
+    if cfg.resume == "auto" or int(os.environ.get(RESTARTS, 0)) and ours:
+        last = out / "last.pt"
+        return out, last if last.exists() else None
+    if cfg.resume and in_place:
+        return out, path
+    out = Path(cfg.out or free)
+    if Path(out, "config.json").exists():
+        raise ValueError(f"{out} holds a run: --resume auto goes on with it")
+    return out, path if cfg.resume else None
 
 
 def learning_rate(cfg, step, total):
@@ -590,20 +621,22 @@ def train(cfg):
     ema = copy.deepcopy(ddpm).eval().requires_grad_(False)
     weights, averages = list(ddpm.parameters()), list(ema.parameters())
     opt = torch.optim.AdamW(weights, betas=(0.9, 0.99), fused=True)
-    start, history = 0, []
+    start, losses, history = 0, [], []
     if resume:
         state = read_checkpoint(resume)
         restore(ddpm, state["net"], resume)
         restore(ema, state["ema"], resume)
         opt.load_state_dict(state["opt"])
-        start, history = state["step"], state["history"]
+        start, losses, history = (state[key] for key in ("step", "losses", "history"))
     if cfg.compile:
         ddpm.net.compile()
     model = DistributedDataParallel(ddpm) if world > 1 else ddpm
     barrier()  # every process has found the run; now its folder may change
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+        (out / "config.json").write_text(
+            json.dumps({"job": job(), **asdict(cfg)}, indent=2)
+        )
         log = open_log(cfg, out)
 
     per_epoch = len(images) // cfg.batch
@@ -613,20 +646,21 @@ def train(cfg):
     say(f"{out}: {len(images)} images, {sum(w.numel() for w in weights):,} weights")
     seen, due = start * cfg.batch, total * cfg.batch
     bar = tqdm(initial=seen, total=due, unit="img", disable=cfg.quiet or rank > 0)
-    fresh, losses, clock = [], [], time.perf_counter()
+    fresh, before, clock = [], start, time.perf_counter()
     for step in range(start, total):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             g = rng("cpu", cfg.seed, epoch, 1)
-            order = torch.randperm(len(images), generator=g)
-        index = order[i * cfg.batch : (i + 1) * cfg.batch][mine].to(images.device)
+            order = torch.randperm(len(images), generator=g).to(images.device)
+        index = order[i * cfg.batch : (i + 1) * cfg.batch][mine]
         x0 = images[index].to(device) / 127.5 - 1
         g = rng(device, cfg.seed, step, 2)  # all ranks draw alike for the whole batch
-        t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)[mine]
-        eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)[mine]
+        t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
+        eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
+        mirror = torch.rand(cfg.batch, 1, 1, 1, generator=g, device=device) < 0.5
+        t, eps, mirror = t[mine], eps[mine], mirror[mine]
         if cfg.data in ("cifar10", "celeba"):
-            mirror = torch.rand(cfg.batch, 1, 1, 1, generator=g, device=device)[mine]
-            x0 = torch.where(mirror < 0.5, x0.flip(-1), x0)
+            x0 = torch.where(mirror, x0.flip(-1), x0)
 
         loss = model(x0, t, eps)
         fresh.append(loss.detach())
@@ -654,8 +688,10 @@ def train(cfg):
             losses += window.tolist()
             fresh.clear()
             bar.set_postfix(loss=f"{window.mean():.4f}")
-        if rank == 0 and (done or ends and (epoch + 1) % cfg.sample_every == 0):
-            rate = len(losses) * cfg.batch / (time.perf_counter() - clock)
+        show = done or ends and (epoch + 1) % cfg.sample_every == 0
+        keep = done or ends and (epoch + 1) % cfg.save_every == 0
+        if rank == 0 and show:
+            rate = (step + 1 - before) * cfg.batch / (time.perf_counter() - clock)
             row = {"step": step + 1, "epoch": epoch + 1, "lr": lr, "images_per_s": rate}
             levels = held_out_loss(ema, held)
             row |= {"loss": sum(losses) / len(losses)}
@@ -673,15 +709,16 @@ def train(cfg):
             rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
             rows.append(held[:16].to(device) / 127.5 - 1)
             save_grid(torch.cat(rows), out / f"samples_epoch_{epoch + 1:03}.png", 16)
-            losses, clock = [], time.perf_counter()
-        if rank == 0 and (done or ends and (epoch + 1) % cfg.save_every == 0):
+            losses, before, clock = [], step + 1, time.perf_counter()
+        if rank == 0 and (show or keep):
             if not all(weight.isfinite().all() for weight in weights):
                 raise FloatingPointError(f"a weight is not finite at step {step + 1}")
-            config = asdict(replace(cfg, out="", resume=""))
+            config = asdict(replace(cfg, out="", resume="", quiet=False))
             state = {"config": config, "shape": ddpm.shape, "step": step + 1}
             state |= {"net": ddpm.state_dict(), "ema": ema.state_dict()}
-            state |= {"opt": opt.state_dict(), "history": history}
-            save_checkpoint(out / f"checkpoint_epoch_{epoch + 1:03}.pt", state)
+            state |= {"opt": opt.state_dict(), "losses": losses, "history": history}
+            if keep:
+                save_checkpoint(out / f"checkpoint_epoch_{epoch + 1:03}.pt", state)
             save_checkpoint(out / "last.pt", state)
     bar.close()
     if history:
@@ -694,7 +731,9 @@ def draw(cfg):
     device, rank, world = join_processes()
     ddpm = load(cfg.sample, cfg.ema).to(device)
     out = Path(cfg.out or next_free(Path(cfg.sample).parent / "samples")[0])
-    barrier()  # every process has named the folder; now it may be made
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty")
+    barrier()  # every process has looked at the folder; now it may be made
     out.mkdir(parents=True, exist_ok=True)
     mine = range(rank, cfg.n_samples, world)
     for k in tqdm(range(0, len(mine), cfg.batch), disable=cfg.quiet or rank > 0):
@@ -707,11 +746,12 @@ def draw(cfg):
             to_pil_image(image).save(out / f"{i:06}.png")
     barrier()
     if rank == 0:
-        files = [Image.open(out / f"{i:06}.png") for i in range(cfg.n_samples)]
-        images = torch.stack([pil_to_tensor(file) for file in files])
-        nrow = math.ceil(cfg.n_samples**0.5)
-        save_grid(images / 127.5 - 1, out / "grid.png", nrow)
-        print(f"{cfg.n_samples} images in {out}")
+        shown = range(min(cfg.n_samples, 400))
+        images = [pil_to_tensor(Image.open(out / f"{i:06}.png")) for i in shown]
+        nrow = math.ceil(len(images) ** 0.5)
+        save_grid(torch.stack(images) / 127.5 - 1, out / "grid.png", nrow)
+        if not cfg.quiet:
+            print(f"{cfg.n_samples} images in {out}")
 
 
 # ---- 6. Main -----------------------------------------------------------------------
@@ -722,6 +762,8 @@ def parse(args):
     cfg = ask(args=[a for a in args if a not in ("-h", "--help")], default=Config())
     path = cfg.sample or find_run(cfg)[1]
     default = read_checkpoint(path)["config"] if path else Config(data=cfg.data)
+    if any(arg.startswith("--epochs") for arg in args):
+        default = replace(default, steps=0)
     return ask(args=args, default=default)
 
 
@@ -729,7 +771,9 @@ def main():
     try:
         cfg = parse(sys.argv[1:])
         draw(cfg) if cfg.sample else train(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.stderr.write(f"{Path(__file__).name}: {error}\n")
         sys.exit(2)
     if dist.is_initialized():

@@ -73,6 +73,7 @@ BAD = {
     "--epochs -1": "--epochs cannot be -1",
     "--lr -0.1": "--lr cannot be -0.1",
     "--lr nan": "--lr cannot be nan",
+    "--lr inf": "--lr cannot be inf",
     "--n-samples 0": "--n-samples cannot be 0",
     "--image-size 10": "--image-size is 8, 12, 16",
     "--n-feat 20": "--n-feat is 8, 16, 24",
@@ -80,7 +81,7 @@ BAD = {
     "--ema-decay 1": "--ema-decay below 1",
     "--eta 1.5": "--eta at most 1",
     "--batch 2000": "--batch 2000 is above the 1438 images",
-    "--data mnist": "no MNIST in data: --data-dir says where it lies, --download",
+    "--data mnist": "no usable MNIST in data: --data-dir says where it lies",
     "--data folder --data-dir nowhere": "too few images in nowhere",
     "--data celeba": "mmlab.ie.cuhk.edu.hk/projects/CelebA",
     "--resume nowhere/last.pt": "there is no checkpoint nowhere/last.pt",
@@ -106,13 +107,15 @@ def test_bad_input_gets_one_clear_line(line, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("use", ["--sample {}", "--resume {}", "--init {}"])
-@pytest.mark.parametrize("kind", ["cut", "text", "foreign", "empty"])
+@pytest.mark.parametrize("kind", ["cut", "text", "foreign", "cousin", "empty"])
 def test_a_broken_checkpoint_is_refused(checkpoint, capsys, kind, use):
     path = Path("broken.pt")
     if kind == "cut":
         path.write_bytes(checkpoint.read_bytes()[:-1000])
     elif kind == "foreign":
         torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, path)
+    elif kind == "cousin":
+        torch.save({"config": {"T": 1000, "n_feat": 8}, "model": {}}, path)
     else:
         path.write_text("hello" if kind == "text" else "")
     before = sorted(Path().rglob("*"))
@@ -213,8 +216,20 @@ assert not {"tensorboard", "matplotlib.pyplot", "diffusers"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_more_epochs_win_over_the_steps_of_the_checkpoint(checkpoint):
+    assert main(f"--resume {checkpoint} --epochs 3 --quiet") == 0
+    assert torch.load(checkpoint)["step"] == 6
+
+
+def test_samples_never_go_into_a_full_folder(checkpoint, capsys):
+    before = pictures("run")
+    assert main(f"--sample {checkpoint} --n-samples 2 --out run") == 2
+    assert "run is not empty" in capsys.readouterr().err and pictures("run") == before
+
+
 def test_quiet_is_quiet(capfd):
     assert main(f"{TINY} --out run") == 0
+    assert main("--sample run/last.pt --n-samples 2 --quiet") == 0
     assert capfd.readouterr() == ("", "")
 
 

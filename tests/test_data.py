@@ -184,6 +184,7 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, capsys, broken):
     ]  # of the other part at most: no half cache
     caches = [cache.stat().st_size for cache in (tmp_path / "runs").rglob("*.bin")]
     assert len(caches) <= 1 and all(size in whole for size in caches)
+    assert len(list((tmp_path / "runs").rglob("*.*"))) == len(caches)  # nothing else
     for _ in range(2):  # from the files, then from the cache
         images, _, held, _ = load_images(base.replace(cfg, skip_bad_images=True))
         assert len(images) + len(held) == 9
@@ -219,10 +220,21 @@ def test_missing_data_is_said_in_words(tmp_path, data):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("content", [b"", b"nonsense of some length"])
+def test_broken_idx_files_are_said_in_words(tmp_path, content):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(content)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match="no usable MNIST"):
+        load_images(Config(data="mnist", data_dir=str(tmp_path)))
+
+
 def test_gzipped_idx_files_are_not_silently_used(tmp_path):
     """torchvision wants them unpacked; say so by the same line as for missing ones."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"x"))
-    with pytest.raises(FileNotFoundError, match="no MNIST"):
+    with pytest.raises(FileNotFoundError, match="no usable MNIST"):
         load_images(Config(data="mnist", data_dir=str(tmp_path)))

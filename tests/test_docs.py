@@ -32,14 +32,11 @@ def test_the_readme_has_commands_to_check():
 
 
 def test_ci_does_what_the_readme_says():
-    ci = (ROOT / ".ci" / "run").read_text()
-    install = next(line for line in COMMANDS if "pip install" in line)
-    assert (
-        install.replace("python -m venv", "python3 -m venv").split("&&")[-1].split()[-1]
-        in ci
-    )
-    assert "requirements.txt" in install and "requirements.txt" in ci
-    assert "python -m pytest" in COMMANDS and "python -m pytest" in ci
+    lines = (ROOT / ".ci" / "run").read_text().replace("python3", "python")
+    lines = lines.replace("install -q", "install").splitlines()
+    assert next(line for line in COMMANDS if "pip install" in line) in lines
+    assert any(line.startswith("python -m pytest") for line in lines)
+    assert "python -m pytest" in COMMANDS
 
 
 def test_every_link_of_the_documents_leads_somewhere():
