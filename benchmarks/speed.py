@@ -5,9 +5,10 @@
 
 Runs superminddpm.train as it is, with a stopwatch round what any training step has:
 forward pass, clearing of gradients, backward pass, optimizer step. All else that the
-loop does is its cost: picking images, drawing t and noise, clipping gradients, averaging
-weights, logging. Both times come from the same steps, so that other programs disturb
-both alike. Options are those of superminddpm.py; 300 steps by default, in five turns.
+loop does is its cost: picking images, drawing t and noise, clipping gradients,
+averaging weights, logging. Both times come from the same steps, so that other programs
+disturb both alike. Options are those of superminddpm.py; 300 steps by default, five
+times over.
 """
 
 import os
