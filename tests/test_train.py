@@ -281,6 +281,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_sigkill_at_any_moment_loses_nothing(world):
     """Kill each start of a run at a random moment, until one start gets to the end."""
@@ -393,6 +394,7 @@ def test_nan_weights_of_the_last_step_are_not_saved(monkeypatch):
     assert state("run")["step"] == 5
 
 
+@pytest.mark.slow
 def test_torchrun_brings_a_killed_worker_back(tmp_path):
     """Kill one of two workers: torchrun restarts both, and they go on by themselves."""
     options = "--n-feat 8 --batch 32 --n-train 160 --steps 60"
