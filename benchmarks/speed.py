@@ -1,7 +1,7 @@
 """What does the training loop cost over the bare steps?  On the CPU.
 
     python benchmarks/speed.py                                          the default run
-    python benchmarks/speed.py --n-feat 32 --image-size 32 --steps 40
+    python benchmarks/speed.py --n-feat 32 --image-size 32 --steps 25
 
 Runs superminddpm.train as it is, with a stopwatch round what any training step has:
 forward pass, clearing of gradients, backward pass, optimizer step. All else that the

@@ -8,9 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(
-    ROOT
-)  # for the process that imports once for all workers
+os.environ["PYTHONPATH"] = str(ROOT)  # for the process that starts all workers
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU sums are not repeatable bit for bit
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: faster, and repeatable bit for bit
 

@@ -15,7 +15,7 @@ SCRIPTS = [line for line in COMMANDS if "superminddpm.py" in line]
 
 
 @pytest.mark.parametrize("line", SCRIPTS)
-def test_every_command_of_the_readme_parses(line, monkeypatch):
+def test_every_command_of_the_readme_parses(line):
     """Its options exist and fit together; its files are left out."""
     words = shlex.split(line)
     options = words[words.index("superminddpm.py") + 1 :]
