@@ -303,6 +303,11 @@ class UNet(nn.Module):
 
 
 # ---- 4. Diffusion ------------------------------------------------------------------
+def at(table, t, x):
+    """Return table[t] as (B, 1, ...), to be multiplied with x, which is (B, ...)."""
+    return table[t].view(-1, *[1] * (x.dim() - 1))
+
+
 class DDPM(nn.Module):
     """The noise schedule, the loss and the samplers around net(xt, t) -> eps_hat.
 
@@ -321,7 +326,7 @@ class DDPM(nn.Module):
 
     def q_sample(self, x0, t, eps):
         """Return x_t ~ q(x_t | x_0), Eq. 4."""
-        ab = self.alphabar[t].view(-1, 1, 1, 1)
+        ab = at(self.alphabar, t, x0)
         return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
     def eps_hat(self, xt, t):
@@ -331,22 +336,25 @@ class DDPM(nn.Module):
             eps_hat = self.net(xt, t)
         return eps_hat.float()
 
+    def residual(self, x0, t, eps):
+        """Return eps_hat(x_t, t) - eps, which training makes small."""
+        xt = self.q_sample(x0, t, eps)
+        return self.eps_hat(xt, t) - eps
+
     def forward(self, x0, t=None, eps=None):
         """Return the loss, Eq. 14, a scalar. None: t is uniform in 1..T, eps normal."""
         if t is None:
             t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device)
         if eps is None:
             eps = torch.randn_like(x0)
-        xt = self.q_sample(x0, t, eps)
-        eps_hat = self.eps_hat(xt, t)
-        target = eps
-        error = (eps_hat - target).square().mean((1, 2, 3))  # (B,)
+        residual = self.residual(x0, t, eps)
+        error = residual.square().flatten(1).mean(1)  # (B,)
         loss = error.mean()
         return loss
 
     def predict(self, xt, t):
         """Return x0_hat, Eq. 15, clipped to [-1, 1], and the eps_hat that fits it."""
-        ab = self.alphabar[t].view(-1, 1, 1, 1)
+        ab = at(self.alphabar, t, xt)
         eps_hat = self.eps_hat(xt, t)
         x0_hat = (xt - (1 - ab).sqrt() * eps_hat) / ab.sqrt()
         x0_hat = x0_hat.clamp(-1, 1)
@@ -355,8 +363,8 @@ class DDPM(nn.Module):
 
     def p_sample(self, xt, t, generator=None):
         """Return x_{t-1} ~ p(x_{t-1} | x_t), Algorithm 2 with sigma^2 = beta."""
-        beta = self.beta[t].view(-1, 1, 1, 1)
-        ab = self.alphabar[t].view(-1, 1, 1, 1)
+        beta = at(self.beta, t, xt)
+        ab = at(self.alphabar, t, xt)
         _, eps_hat = self.predict(xt, t)
         mean = (xt - beta / (1 - ab).sqrt() * eps_hat) / (1 - beta).sqrt()
         z = torch.randn(xt.shape, generator=generator, device=xt.device)
@@ -365,8 +373,8 @@ class DDPM(nn.Module):
 
     def ddim_step(self, xt, t, s, eta=0.0, generator=None):
         """Return x_s from x_t, s < t, Eq. 12 and 16 of DDIM; eta is 0 to 1."""
-        ab = self.alphabar[t].view(-1, 1, 1, 1)
-        ab_s = self.alphabar[s].view(-1, 1, 1, 1)
+        ab = at(self.alphabar, t, xt)
+        ab_s = at(self.alphabar, s, xt)
         x0_hat, eps_hat = self.predict(xt, t)
         sigma = eta * ((1 - ab_s) / (1 - ab) * (1 - ab / ab_s)).sqrt()
         z = torch.randn(xt.shape, generator=generator, device=xt.device)
@@ -394,8 +402,9 @@ class DDPM(nn.Module):
 
 
 # ---- 5. Training -------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts here under --max-restarts
-STATE = "config shape step net ema opt losses history".split()  # of a checkpoint
+STATE = "script config shape step net ema opt losses history".split()  # to go on
 
 
 def join_processes():
@@ -450,18 +459,24 @@ def save_checkpoint(path, state):
         raise OSError(f"cannot write {path}: {error}") from None
 
 
-def read_checkpoint(path):
-    """Return the dict in a checkpoint, its config as a Config (ValueError: foreign)."""
+def read_checkpoint(path, script=SCRIPT):
+    """Return the dict in a checkpoint, its config as a Config.
+
+    Raises ValueError if it is broken, or was not written by script (empty: by any).
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in fields(Config)} & state["config"].keys()
         config = Config(**{name: state["config"][name] for name in known})
-        return {**{key: state[key] for key in STATE}, "config": config}
+        state = {**{key: state[key] for key in STATE}, "config": config}
     except Exception as error:  # torch.load raises nearly anything on a foreign file
         why = type(error).__name__
         raise ValueError(f"{path} is no checkpoint, or cut short ({why})") from None
+    if script and state["script"] != script:
+        raise ValueError(f"{path} was written by {state['script']}.py, not {script}.py")
+    return state
 
 
 def restore(ddpm, weights, path):
@@ -484,7 +499,7 @@ def load(path, ema=True):
 def start_from(ddpm, cfg):
     """Copy into ddpm what fits of --init, without --delete-keys; say so in a line."""
     drop = tuple(f"net.{key}" for key in cfg.delete_keys.split(",") if key)
-    old, own = read_checkpoint(cfg.init)["ema"], dict(ddpm.named_parameters())
+    old, own = read_checkpoint(cfg.init, "")["ema"], dict(ddpm.named_parameters())
     fits = [key for key in own if key in old and old[key].shape == own[key].shape]
     taken = {key: old[key] for key in fits if not key.startswith(drop)}
     ddpm.load_state_dict(taken, strict=False)
@@ -512,7 +527,7 @@ def find_run(cfg):
 
     Raises ValueError rather than let a run be overwritten.
     """
-    free, newest = next_free(Path("runs", f"{Path(__file__).stem}-{cfg.data}"))
+    free, newest = next_free(Path("runs", f"{SCRIPT}-{cfg.data}"))
     path = Path(cfg.resume)
     in_place = path.name == "last.pt" and cfg.out in ("", str(path.parent))
     out = Path(cfg.out or (path.parent if in_place else newest))
@@ -545,8 +560,9 @@ def held_out_loss(ddpm, held):
         for x0 in held.split(256):
             t = torch.full((len(x0),), level, device=device)
             eps = torch.randn(x0.shape, generator=g).to(device)
-            total += ddpm(x0.to(device) / 127.5 - 1, t, eps) * len(x0)
-        losses[level] = float(total) / len(held)
+            residual = ddpm.residual(x0.to(device) / 127.5 - 1, t, eps)
+            total += residual.square().sum()
+        losses[level] = float(total) / held.numel()
     return losses
 
 
@@ -585,7 +601,7 @@ def open_log(cfg, out):
     if cfg.log == "wandb":
         import wandb
 
-        run = wandb.init(project=Path(__file__).stem, dir=out, config=asdict(cfg))
+        run = wandb.init(project=SCRIPT, dir=out, config=asdict(cfg))
         return lambda row: run.log(row, step=row["step"])
     return lambda row: None
 
@@ -597,7 +613,7 @@ def train(cfg):
     Raises ValueError, OSError or FloatingPointError, in words for the user.
     """
     device, rank, world = join_processes()
-    say = print if rank == 0 and not cfg.quiet else lambda line: None
+    say = tqdm.write if rank == 0 and not cfg.quiet else lambda line: None
     if cfg.batch % world:
         raise ValueError(f"--batch {cfg.batch} is not divisible by {world} processes")
     if cfg.log != "none" and not find_spec(cfg.log):
@@ -714,9 +730,10 @@ def train(cfg):
             if not all(weight.isfinite().all() for weight in weights):
                 raise FloatingPointError(f"a weight is not finite at step {step + 1}")
             config = asdict(replace(cfg, out="", resume="", quiet=False))
-            state = {"config": config, "shape": ddpm.shape, "step": step + 1}
+            state = {"script": SCRIPT, "config": config, "shape": ddpm.shape}
             state |= {"net": ddpm.state_dict(), "ema": ema.state_dict()}
             state |= {"opt": opt.state_dict(), "losses": losses, "history": history}
+            state |= {"step": step + 1}
             if keep:
                 save_checkpoint(out / f"checkpoint_epoch_{epoch + 1:03}.pt", state)
             save_checkpoint(out / "last.pt", state)
@@ -774,7 +791,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.stderr.write(f"{Path(__file__).name}: {error}\n")
+        sys.stderr.write(f"{SCRIPT}.py: {error}\n")
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
