@@ -1,0 +1,324 @@
+"""The notebooks: their form, results and exercises, and their players in a browser.
+
+Each one is executed by nbval on a copy of the repository, in the background, solutions
+included. Meanwhile Chromium and JupyterLab run it as far as its last player.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import run
+import show
+
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BOOKS = {path.stem: nbformat.read(path, 4) for path in PATHS}
+PLAYER = "player("
+PLAYERS = [name for name, nb in BOOKS.items() if PLAYER in str(nb.cells)]
+BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable".split()
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+UNANSWERED = re.compile(r"^answer = \.\.\.", re.M)
+CHECKED = "nbval-check-output"
+
+each = pytest.mark.parametrize("name", BOOKS)
+
+
+def code(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def pictures(cell):
+    return [
+        out for out in cell.get("outputs", []) if "image/png" in out.get("data", {})
+    ]
+
+
+# ---- Form ----------------------------------------------------------------------------
+@each
+def test_a_notebook_is_committed_as_run_py_writes_it(name):
+    """Executed from top to bottom, no errors or warnings, no trace of widgets."""
+    nb = BOOKS[name]
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    as_written = nbformat.writes(run.scrub(deepcopy(nb))) + "\n"
+    assert path.read_text() == as_written, "not scrubbed: python notebooks/run.py"
+    assert path.stat().st_size < 1.5e6
+    counts = [cell.execution_count for cell in code(nb)]
+    assert counts == [*range(1, len(counts) + 1)], "not executed from top to bottom"
+    outputs = [out for cell in code(nb) for out in cell.outputs]
+    assert not [out for out in outputs if out.output_type == "error"]
+    assert not [out for out in outputs if out.get("name") == "stderr"]
+    assert "widgets" not in nb.metadata and run.VIEW not in path.read_text()
+    checked = [cell for cell in code(nb) if CHECKED in cell.metadata.get("tags", [])]
+    assert all(cell.outputs for cell in checked), "nothing to check in a checked cell"
+    exercises = [cell for cell in checked if UNANSWERED.search(cell.source)]
+    assert len(checked) - len(exercises) >= 3
+    for cell in checked:
+        assert not pictures(cell), "nbval does not compare pictures: check text"
+
+
+@each
+def test_a_notebook_teaches_in_the_agreed_form(name):
+    nb = BOOKS[name]
+    first, last = nb.cells[0].source, nb.cells[-1].source
+    assert first.startswith(f"# {name[:2]} ")
+    for word in ("**Question**", "**Goal**", "**Needs**", "**Time**", "**Files**"):
+        assert word in first, f"the head lacks {word}"
+    assert re.search(r"\*\*Time\*\*.* \d+ (seconds|minutes?)", first)
+    assert re.search(r"## What we saw\n+(- .+(\n  .+)*\n*){3}(?!- )", last)
+    assert (
+        'ROOT = next(p for p in (Path.cwd() / "x").parents if (p' in code(nb)[0].source
+    )
+    assert "torch.set_num_threads(1)" in code(nb)[0].source
+    for cell, before in zip(nb.cells[1:], nb.cells, strict=False):
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 25, cell.source
+            assert before.cell_type == "markdown", f"no text before:\n{cell.source}"
+            if pictures(cell):
+                assert "PREDICT" in before.source, f"no PREDICT:\n{cell.source}"
+    assert sum("assert" in cell.source for cell in code(nb)) >= 5
+    assert sum(bool(UNANSWERED.search(cell.source)) for cell in code(nb)) >= 2
+
+
+def test_each_notebook_links_to_the_next():
+    for name, following in zip(BOOKS, [*BOOKS][1:], strict=False):
+        assert f"]({following}.ipynb)" in BOOKS[name].cells[-1].source, name
+
+
+def test_the_links_of_the_notebooks_lead_somewhere():
+    for name, nb in BOOKS.items():
+        for cell in nb.cells:
+            if cell.cell_type == "markdown":
+                for link in re.findall(r"\]\(([^)#]+)[^)]*\)", cell.source):
+                    there = (ROOT / "notebooks" / link).exists()
+                    assert there or link.startswith("https://"), f"{name}: {link}"
+
+
+# ---- Exercises -----------------------------------------------------------------------
+def solution(cell):
+    """Return the code in the <details> of a markdown cell, or None."""
+    found = re.search(
+        r"<details>.*?```python\n(.*?)```.*?</details>", cell.source, re.S
+    )
+    return found and found[1].rstrip()
+
+
+ASK = """import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()) as said:
+{}
+print(said.getvalue()[:{}])"""
+
+
+def asks(answer, cell, says):
+    """Return an exercise cell with an answer put in; its text must begin with says."""
+    source = UNANSWERED.sub(lambda _: answer, cell.source)
+    source = ASK.format(textwrap.indent(source, "    "), len(says))
+    out = nbformat.v4.new_output("stream", name="stdout", text=says + "\n")
+    tags = {"tags": [CHECKED]}
+    return nbformat.v4.new_code_cell(
+        source, execution_count=1, outputs=[out], metadata=tags
+    )
+
+
+def answered(nb):
+    """Return nb with each exercise asked twice more: a wrong answer, its solution."""
+    cells = []
+    for cell, after in zip(nb.cells, [*nb.cells[1:], None], strict=True):
+        cells.append(cell)
+        if cell.cell_type == "code" and UNANSWERED.search(cell.source):
+            right = solution(after)
+            assert right, f"no solution in <details> after:\n{cell.source}"
+            cells.append(asks("answer = -123.456", cell, "Not yet: "))
+            cells.append(asks(right, cell, "Right."))
+    return nbformat.from_dict({**nb, "cells": cells})
+
+
+def test_check_tells_right_from_wrong_and_from_unanswered(capsys):
+    for answer, want, says in [
+        (..., 1.0, "Not answered yet"),
+        (0.995, 1.0, "Right."),
+        (0.98, 1.0, "Not yet: think"),
+        (0.0, 0, "Right."),
+        ("b", "b", "Right."),
+        (1, True, "Not yet: think"),
+        (3, lambda answer: answer > 2, "Right."),
+        (1, lambda answer: answer(2) == 4, "Not yet: TypeError"),
+        ("a", 1.0, "Not yet: ValueError"),
+    ]:
+        assert show.check(answer, want, hint="think") is None
+        assert capsys.readouterr().out.startswith(says)
+
+
+# ---- Execution -----------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """A copy of the repository without results of runs, and an environment for it."""
+    base = tmp_path_factory.mktemp("site")
+    ignore = shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "*.ipynb")
+    shutil.copytree(ROOT, base / "repo", ignore=ignore)
+    for name, nb in BOOKS.items():
+        nbformat.write(answered(nb), base / "repo" / "notebooks" / f"{name}.ipynb")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(base / "ipython")}
+    env.pop("PYTHONPATH", None)  # a notebook has to find the scripts by itself
+    for kind in ("JUPYTER_CONFIG", "JUPYTER_RUNTIME", "JUPYTER_DATA"):
+        env[f"{kind}_DIR"] = str(base / kind.lower())
+    for kind in ("WORKSPACES", "SETTINGS"):
+        env[f"JUPYTERLAB_{kind}_DIR"] = str(base / kind.lower())
+    return base, env
+
+
+@pytest.fixture(scope="session")
+def executed(site, request):
+    """{name: future of nbval's process}, for the notebooks that this session tests."""
+    base, env = site
+    nbval = "-m pytest -q -p no:cacheprovider --nbval-lax --nbval-current-env".split()
+
+    def execute(name):
+        path = base / "repo" / "notebooks" / f"{name}.ipynb"
+        command = [sys.executable, *nbval, "--nbval-cell-timeout=120", str(path)]
+        options = {"cwd": base / "repo", "env": env, "timeout": 600}
+        return subprocess.run(command, capture_output=True, text=True, **options)
+
+    items = [item for item in request.session.items if "agrees" in item.name]
+    names = [item.callspec.params["name"] for item in items]
+    with ThreadPoolExecutor(1 if CHROMIUM else 2) as pool:  # the browser has one core
+        yield {name: pool.submit(execute, name) for name in names}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def server(site):
+    """The address of a JupyterLab on the copy."""
+    base, env = site
+    settings = base / "settings" / "@jupyterlab"
+    for plugin, values in {
+        # without these, cells off screen are not in the page, and it asks for news
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/notification": {"fetchNews": "false"},
+    }.items():
+        file = settings / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, *"-m jupyterlab --no-browser --allow-root".split()]
+    command += [f"--port={port}", "--ip=127.0.0.1", "--expose-app-in-browser"]
+    command += ["--ServerApp.token=t", f"--ServerApp.root_dir={base / 'repo'}"]
+    with open(base / "server.log", "w") as log:
+        options = {"env": env, "stdout": log, "stderr": log, "start_new_session": True}
+        process = subprocess.Popen(command, **options)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urlopen(f"{url}/api/status?token=t").close()
+            break
+        except OSError:
+            assert process.poll() is None, (base / "server.log").read_text()
+            time.sleep(0.25)
+    yield url
+    os.killpg(process.pid, signal.SIGKILL)  # its kernels see it go
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        # a sandbox of its own is not to be had as root, nor in a container
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def up_to_last_player(nb):
+    """Return nb without what follows the last cell that shows a player."""
+    last = max(k for k, cell in enumerate(nb.cells) if PLAYER in cell.source)
+    return nbformat.from_dict({**nb, "cells": nb.cells[: last + 1]})
+
+
+KERNEL = (
+    "window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel"
+)
+RUN_ALL = """() => {
+    window.ran = 0
+    const end = ok => { window.ran = ok ? "well" : "badly" }
+    jupyterapp.commands.execute("notebook:run-all-cells").then(end, () => end(false))
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("name", PLAYERS)
+def test_players_work_in_a_browser(name, executed, site, server, request):
+    browser = request.getfixturevalue("browser")
+    nb = up_to_last_player(BOOKS[name])
+    nbformat.write(nb, site[0] / "repo" / "notebooks" / f"player-{name}.ipynb")
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(f"page error: {error}"))
+    page.on("request", lambda sent: wrong.append(sent.url) if leaves(sent) else None)
+    page.goto(f"{server}/doc/tree/notebooks/player-{name}.ipynb?token=t")
+    page.wait_for_function(f"{KERNEL}?.status == 'idle'", timeout=60_000)
+
+    # before anything is run: the committed pictures, and no broken widget
+    images = page.locator(".jp-OutputArea-output img")
+    assert images.count() == sum(len(pictures(cell)) for cell in code(nb)) > 0
+    for image in images.all():
+        assert image.evaluate("img => img.complete && img.naturalWidth > 50")
+    text = page.locator(".jp-Notebook").inner_text().lower()
+    for broken in ("vbox(", "model not found", "displaying widget", "loading widget"):
+        assert broken not in text
+
+    # after: the keyboard moves each slider, and another picture is seen each time
+    page.evaluate(RUN_ALL)
+    page.wait_for_function("window.ran", timeout=240_000)
+    assert page.evaluate("window.ran") == "well", "a cell raised an error"
+    slider = page.get_by_role("slider")
+    players = page.locator(".jp-OutputArea-output").filter(has=slider)
+    assert players.count() == sum(PLAYER in cell.source for cell in code(nb))
+    for output in players.all():
+        slider = output.get_by_role("slider")
+        image, caption = (
+            output.locator(kind).filter(visible=True)
+            for kind in ("img.widget-image", ".widget-html-content")
+        )
+        seen = [(image.screenshot(), caption.inner_text())]
+        slider.focus()
+        for key in ("ArrowRight", "End", "Home"):
+            slider.press(key)
+            page.wait_for_timeout(300)
+            seen.append((image.screenshot(), caption.inner_text()))
+            for now, before in zip(*seen[-2:], strict=True):
+                assert now != before, f"{key} changes nothing"
+    assert not wrong
+    page.evaluate("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
+    page.close()
+
+
+def leaves(sent):
+    """Return whether a request goes anywhere but to this machine."""
+    url = urlsplit(sent.url)
+    return url.scheme in ("http", "https", "ws", "wss") and url.hostname != "127.0.0.1"
+
+
+@pytest.mark.slow
+@each
+def test_another_run_agrees_and_the_solutions_are_right(name, executed):
+    done = executed[name].result()
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
