@@ -24,8 +24,9 @@ Mind:
     lack its bias correction and take steps that are several times too long (up to 6.5
     for betas .9 and .999); so its steps are rescaled to those of a fresh AdamW.
  5. The channels to be born are those with the largest sum over 20 batches of
-    |dLoss/dgate|. That is the slope at gate 0: how the loss starts to change, not how
-    much a channel could help once it has learnt. `--regrow random` is the control.
+    |dLoss/dgate|. That is a slope at gate 0, without its sign: a channel that harms is
+    born as gladly as one that helps, and none is asked what it could learn.
+    `--regrow random` is the control.
 
 Lineage: the curriculum and sparsity fork of minDiffusion. Growing by gradient is RigL's
 idea (Evci et al. 2020, arXiv:1911.11134), there for single weights. What was measured

@@ -25,9 +25,8 @@ TOY = lab.Toy()
 
 
 def close(a, b, **tolerance):
-    torch.testing.assert_close(
-        torch.as_tensor(a).double(), torch.as_tensor(b).double(), **tolerance
-    )
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, **tolerance)
 
 
 def sample(toy, t, n, seed=0):
@@ -82,7 +81,7 @@ def test_bit_error_and_information_equal_monte_carlo():
 
 
 def test_numbers_of_the_course():
-    s = torch.linspace(0.01, 10, 100_000, dtype=torch.float64)
+    s = torch.linspace(0.01, 10, 10_000, dtype=torch.float64)
     bump = lab.eps_mmse(s)
     peak = bump.argmax()
     assert round(bump[peak].item(), 4) == 0.4795 and round(s[peak].item(), 2) == 1.51
@@ -154,19 +153,26 @@ def test_bayes_reaches_the_floor_and_nothing_moves_it_below(kind, schedule):
             if floor[0, j] > 0.05:
                 close(found[j], floor[0, j], rtol=0.015, atol=0)
         assert found[2] < 1e-9 and floor[0, 2] == 0
-        # an estimate is E[eps | xt] if and only if its error is unrelated to every
-        # function of xt
+        # an estimate is E[eps | xt] if its error is unrelated to every function of xt
         y = xt @ toy.M
         for f in (y, y.sin(), y.abs().sqrt() * y.sign()):
-            assert ((off * f)[0].mean(0).abs() < 5 * (off * f)[0].std(0) / 447).all()
+            both = (off * f)[
+                0,
+                :,
+                toy.mmse(ts[0, 0]).repeat_interleave(torch.tensor([2, 2, 8])) > 0.05,
+            ]
+            assert (both.mean(0).abs() < 5 * both.std(0) / len(both) ** 0.5).all()
 
 
 def test_linear_denoiser_has_the_excess_of_its_formula():
     for t in (0.3, 0.6, 0.9):
         _, xt, _, ts = sample(TOY, t, 200_000)
         off = (TOY.linear(xt, ts) - TOY.bayes(xt, ts)) @ TOY.M
-        found, want = TOY.by_feature(off.square()).mean((0, 1)), TOY.linear_excess(ts)
-        close(found, want[0, 0], rtol=0.015, atol=1e-6)
+        found, want = (
+            TOY.by_feature(off.square()).mean((0, 1)),
+            TOY.linear_excess(ts[0, 0]),
+        )
+        close(found, want, rtol=0.015, atol=1e-6)
 
 
 def test_linear_denoiser_is_the_least_squares_fit():
@@ -220,9 +226,14 @@ def test_nets_equal_one_module_per_seed():
     for s in range(3):
         want = Plain(nets, s)(xt[s], t[s], nets.mask[s])
         close(nets(xt, t)[s], want, atol=1e-5, rtol=0)
-        close(nets(xt[:1], t[:1])[s], Plain(nets, s)(xt[0], t[0], nets.mask[s]))
+        close(
+            nets(xt[:1], t[:1])[s],
+            Plain(nets, s)(xt[0], t[0], nets.mask[s]),
+            atol=1e-5,
+            rtol=0,
+        )
     nets.rows[1, 2:5] = 9.0  # what is masked says nothing
-    close(nets(xt, t)[1], Plain(nets, 1)(xt[1], t[1], nets.mask[1]))
+    close(nets(xt, t)[1], Plain(nets, 1)(xt[1], t[1], nets.mask[1]), atol=1e-5, rtol=0)
 
 
 def test_nets_start_as_linear_layers_do_and_alike_for_a_seed():
@@ -350,8 +361,11 @@ def test_densities_of_t():
 def test_shuffled_has_the_marginal_of_the_curriculum():
     ends, steps = lab.stage_ends(3000), 3000
     stages = [sum(step >= end for end in ends) for step in range(steps)]
-    ordered = [lab.draw_t("curriculum", even(64), s, steps) for s in stages]
-    ordered = torch.cat(ordered).sort().values.float()
+    ordered = []
+    for step, stage in enumerate(stages):
+        u = (even(64) + step * 0.6180339887 / 64) % 1
+        ordered.append(lab.draw_t("curriculum", u, stage, steps))
+    ordered = torch.cat(ordered).sort().values
     shuffled = lab.draw_t("shuffled", even(len(ordered)), 0, steps)
     close(shuffled, ordered, atol=2e-3, rtol=0)
     assert torch.equal(shuffled, lab.draw_t("shuffled", even(len(ordered)), 4, steps))
@@ -559,8 +573,9 @@ def test_generation_with_the_exact_denoiser_gives_the_data(schedule):
     assert z.mean(0).abs().max() < 0.1
     assert (x0[0] @ bits.M[:, 4:]).abs().max() < 0.05
     gauss = lab.Toy(kind="gauss", alphabar=lab.SCHEDULES[schedule])
-    std = (lab.generate(gauss.bayes, gauss, n=20_000)[0] @ gauss.M).std(0)
-    close(std[:4], [3.0, 3.0, 1.0, 1.0], rtol=0.04, atol=0)
+    x0 = lab.generate(gauss.bayes, gauss, n=20_000, steps=400)[0]
+    std = (x0 @ gauss.M).std(0)
+    close(std[:4], [3.0, 3.0, 1.0, 1.0], rtol=0.025, atol=0)
 
 
 def test_generation_asks_forty_times_at_falling_times():
