@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py runs/superminddpm-digits/last.pt
 
-Draws 360 images by DDIM with 50 calls from the averaged weights and scores them beside
-the real digits: the 1,438 that a run trains on and the 359 that it never sees.
+Takes a checkpoint of any script. Draws 360 images by DDIM with 50 calls from the
+averaged weights and scores them beside the real digits: the 1,438 that a run trains on
+and the 359 that it never sees.
 
  - judge: a small convolutional classifier, trained here on the real training digits;
    its accuracy on held-out ones, its mean top probability on held-out and drawn ones
@@ -14,6 +15,7 @@ the real digits: the 1,438 that a run trains on and the 359 that it never sees.
    the training set would give a ratio far below 1
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -91,7 +93,8 @@ def score(drawn, train, held, held_labels, judge):
 
 
 def main():
-    ddpm = base.load(sys.argv[1])
+    script = base.read_checkpoint(sys.argv[1], script="")["script"]
+    ddpm = importlib.import_module(script).load(sys.argv[1])
     images, labels, held, held_labels = base.load_images(base.Config())
     images, held = images / 127.5 - 1, held / 127.5 - 1
     judge = train_judge(images, labels)

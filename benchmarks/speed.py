@@ -2,15 +2,17 @@
 
     python benchmarks/speed.py                                          the default run
     python benchmarks/speed.py --n-feat 32 --image-size 32 --steps 25
+    python benchmarks/speed.py superreg --reg prox                      another script
 
-Runs superminddpm.train as it is, with a stopwatch round what any training step has:
+Runs the train of a script as it is, with a stopwatch round what any training step has:
 forward pass, clearing of gradients, backward pass, optimizer step. All else that the
 loop does is its cost: picking images, drawing t and noise, clipping gradients,
 averaging weights, logging. Both times come from the same steps, so that other programs
-disturb both alike. Options are those of superminddpm.py; 300 steps by default, five
-times over.
+disturb both alike. Options are those of the script; 300 steps by default, five times
+over.
 """
 
+import importlib
 import os
 import statistics
 import sys
@@ -24,7 +26,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU works behind the back of a stop
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import superminddpm as base
+named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+base = importlib.import_module(sys.argv.pop(1) if named else "superminddpm")
 
 inside = 0.0  # seconds spent in the calls below the stopwatch
 
@@ -68,7 +71,7 @@ def main():
         1000 * statistics.median(seconds) for seconds in zip(*turns, strict=True)
     )
     size = f"{cfg.image_size}x{cfg.image_size}"
-    print(f"{cfg.data} {size}, n-feat {cfg.n_feat}, batch {cfg.batch}")
+    print(f"{base.SCRIPT}: {cfg.data} {size}, n-feat {cfg.n_feat}, batch {cfg.batch}")
     print(f"{bare:.1f} ms a bare step, {all_:.1f} ms with all that the loop does")
     print(
         f"cost {statistics.median(costs):.1f} % ({min(costs):.1f} to {max(costs):.1f})"

@@ -1,34 +1,36 @@
 """The README tells the truth about commands, options and files."""
 
+import importlib
 import re
 import shlex
 
 import pytest
 from conftest import ROOT
 
-from superminddpm import parse
-
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines()]
-SCRIPTS = [line for line in COMMANDS if "superminddpm.py" in line]
+SCRIPT = re.compile(r"\b(super\w+)\.py\b")
+SCRIPTS = [line for line in COMMANDS if SCRIPT.search(line) and "diff" not in line]
 
 
 @pytest.mark.parametrize("line", SCRIPTS)
 def test_every_command_of_the_readme_parses(line):
     """Its options exist and fit together; its files are left out."""
-    words = shlex.split(line)
-    options = words[words.index("superminddpm.py") + 1 :]
+    words, script = shlex.split(line), SCRIPT.search(line)[1]
+    options = words[words.index(f"{script}.py") + 1 :]
     missing = ("--sample", "--resume", "--init")
     keep = [k for k, o in enumerate(options) if {o, options[k - 1]}.isdisjoint(missing)]
     try:
-        assert parse([options[k] for k in keep])
+        assert importlib.import_module(script).parse([options[k] for k in keep])
     except SystemExit as leave:
         assert leave.code == 0 and "--help" in line
 
 
 def test_the_readme_has_commands_to_check():
-    assert len(SCRIPTS) >= 10
+    assert len(SCRIPTS) >= 20
+    named = {SCRIPT.search(line)[1] for line in SCRIPTS}
+    assert named == {path.stem for path in ROOT.glob("super*.py")}
 
 
 def test_ci_does_what_the_readme_says():
