@@ -26,8 +26,11 @@ Mind:
     Omega moves scale from one place to another and says little about function.
  4. Zeros are counted in the raw weights; averaged ones are never exactly 0.
 
-Lineage: the curriculum and sparsity fork of minDiffusion. What was measured stands in
-the README, with the command.
+Lineage: the curriculum and sparsity fork of minDiffusion.
+
+Measured (benchmarks/compare.py: digits, three pairs of runs, falling learning rate,
+base 0.0814, curriculum 0.0878): held-out loss 0.0893 with the penalty, 0.0903 with the
+proximal step. A step takes about 1 % longer (benchmarks/reg_cost.py).
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

@@ -29,8 +29,11 @@ Mind:
     `--regrow random` is the control.
 
 Lineage: the curriculum and sparsity fork of minDiffusion. Growing by gradient is RigL's
-idea (Evci et al. 2020, arXiv:1911.11134), there for single weights. What was measured
-stands in the README, with the command.
+idea (Evci et al. 2020, arXiv:1911.11134), there for single weights.
+
+Measured (benchmarks/compare.py: digits, three pairs of runs, falling learning rate,
+base 0.0814, curriculum 0.0878): held-out loss 0.0879 with births by gradient, 0.0877 by
+lot, 0.0815 with the mask but no curriculum. The mask brings and costs nothing there.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

@@ -48,6 +48,16 @@ ARMS = {
     "sparse, mask at seed": ("supersparse", {"mask_at": "seed"}),
 }
 
+PAIRS = (  # what else is compared: the first less the second
+    ("curriculum", "shuffled"),
+    ("curriculum in log-SNR", "curriculum"),
+    ("sparse gradient", "curriculum"),
+    ("sparse gradient", "sparse random"),
+    ("sparse gradient", "sparse, mask at seed"),
+    ("reg penalty", "curriculum"),
+    ("reg prox", "curriculum"),
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -94,12 +104,42 @@ def verdict(difference):
     return mean, se, "better" if mean < 0 else "worse"
 
 
-def table(lines, steps, decay):
-    """Return the tables, as text, of all runs of one length and learning rate."""
+def pick(lines, steps, decay):
+    """Return {arm: {seed: line}} of all runs of one length and learning rate."""
     runs = {}
     for line in lines:
         if (line["step"], line["decay"]) == (steps, decay):
             runs.setdefault(line["arm"], {})[line["seed"]] = line
+    return runs
+
+
+def differences(own, base):
+    """Return the differences of the held-out losses of two arms, in pairs."""
+    pairs = sorted(own.keys() & base.keys())
+    return [own[seed]["held_loss"] - base[seed]["held_loss"] for seed in pairs]
+
+
+def readme_rows(lines, steps):
+    """Return the rows of the README's table: constant learning rate, then falling."""
+    both = [pick(lines, steps, decay) for decay in (False, True)]
+    rows = []
+    for arm in (arm for arm in ARMS if all(arm in runs for runs in both)):
+        row = f"| {arm} |"
+        for runs in both:
+            loss = np.mean([line["held_loss"] for line in runs[arm].values()])
+            row += f" {loss:.4f} |"
+            if arm == "base":
+                row += " | |"
+            else:
+                mean, se, word = verdict(differences(runs[arm], runs["base"]))
+                row += f" {mean:+.4f} ± {se:.4f} | {word} |"
+        rows.append(row)
+    return rows
+
+
+def table(lines, steps, decay):
+    """Return the tables, as text, of all runs of one length and learning rate."""
+    runs = pick(lines, steps, decay)
     base = runs.get("base", {})
     how = "falls to 0" if decay else "is constant"
     text = [f"{steps} steps, the learning rate {how}", ""]
@@ -109,12 +149,18 @@ def table(lines, steps, decay):
         losses = [line["held_loss"] for line in own.values()]
         se = np.std(losses, ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else 0
         row = f"{arm:27}{len(own):6}{np.mean(losses):10.4f} +- {se:.4f}"
-        pairs = sorted(own.keys() & base.keys())
-        if arm != "base" and len(pairs) > 1:
-            d = [own[seed]["held_loss"] - base[seed]["held_loss"] for seed in pairs]
+        d = differences(own, base)
+        if arm != "base" and len(d) > 1:
             mean, se, word = verdict(d)
             row += f"{mean:+12.4f} +- {se:.4f}  {word}"
         text.append(row)
+    text.append("")
+    for one, other in PAIRS:
+        d = differences(runs.get(one, {}), runs.get(other, {}))
+        if len(d) > 1:
+            mean, se, word = verdict(d)
+            what = f"{one} less {other}"
+            text.append(f"{what:51}{mean:+12.4f} +- {se:.4f}  {word}")
     levels = [key for key in next(iter(base.values()), {}) if key.startswith("held_t")]
     text += ["", "held-out loss by noise level t, mean and standard error, in 1/1000"]
     text.append(" " * 27 + "".join(f"{key[6:]:>13}" for key in levels))

@@ -1,8 +1,10 @@
 """The README tells the truth about commands, options and files."""
 
 import importlib
+import json
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
@@ -31,6 +33,20 @@ def test_the_readme_has_commands_to_check():
     assert len(SCRIPTS) >= 20
     named = {SCRIPT.search(line)[1] for line in SCRIPTS}
     assert named == {path.stem for path in ROOT.glob("super*.py")}
+
+
+def test_the_table_of_the_ideas_is_what_was_measured():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    compare = importlib.import_module("compare")
+    results = ROOT / "benchmarks" / "results" / "compare-digits.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = compare.readme_rows(lines, 1650)
+    assert len(rows) == len(compare.ARMS)
+    for row in rows:
+        assert row in README.splitlines()
+    text = results.with_suffix(".txt").read_text()
+    for decay in (False, True):
+        assert compare.table(lines, 1650, decay) in text
 
 
 def test_ci_does_what_the_readme_says():
