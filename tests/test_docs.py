@@ -1,5 +1,6 @@
-"""The README tells the truth about commands, options and files."""
+"""The README tells the truth about commands, options and files, in two languages."""
 
+import ast
 import importlib
 import json
 import re
@@ -9,7 +10,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
+BOTH = README, CHINESE
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines()]
 SCRIPT = re.compile(r"\b(super\w+)\.py\b")
@@ -43,7 +46,7 @@ def test_the_table_of_the_ideas_is_what_was_measured():
     rows = compare.readme_rows(lines, 1650)
     assert len(rows) == len(compare.ARMS)
     for row in rows:
-        assert row in README.splitlines()
+        assert row in README.splitlines() and row in CHINESE.splitlines()
     text = results.with_suffix(".txt").read_text()
     for decay in (False, True):
         assert compare.table(lines, 1650, decay) in text
@@ -58,8 +61,9 @@ def test_ci_does_what_the_readme_says():
 
 
 def test_every_link_of_the_documents_leads_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+    for name in ("README.md", "README_zh.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
@@ -67,3 +71,111 @@ def test_every_requirement_has_a_lower_bound_and_a_reason():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     for line in (line for line in lines if line and not line.startswith("#")):
         assert re.fullmatch(r"[a-z-]+>=[\d.]+\s+# .+", line), line
+
+
+# ---- README_zh.md says the same as README.md ---------------------------------------
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+LINK = re.compile(r"\]\(([^)]+)\)")
+SPAN = re.compile(r"`[^`]+`")
+HAN = re.compile(r"[\u4e00-\u9fff]")
+
+
+def blocks(text):
+    """Return all headings, paragraphs, items, tables and code blocks as (kind, text).
+
+    The kind is what the block begins with: "##", "-", "1.", "|", "```sh"; else "text".
+    """
+    found, start = [], 0
+    for fence in [*FENCE.finditer(text), None]:
+        prose = text[start : fence.start() if fence else len(text)]
+        # a heading or an item ends what stands above it, as an empty line does
+        for block in re.split(r"\n\s*\n|\n(?=#+ |- |\d+\. )", prose):
+            if block := block.strip():
+                mark = re.match(r"(#+|-|\d+\.)(?= )|\|", block)
+                found.append((mark[0] if mark else "text", block))
+        if fence:
+            found.append((f"```{fence[1]}", fence[2]))
+            start = fence.end()
+    return found
+
+
+def code(text, language):
+    return [block for kind, block in blocks(text) if kind == f"```{language}"]
+
+
+def tables(text):
+    """Return the cells of every row of every table."""
+    found = [block.splitlines() for kind, block in blocks(text) if kind == "|"]
+    return [[row.strip()[1:-1].split("|") for row in table] for table in found]
+
+
+def commands(text):
+    """Return the lines of all sh blocks without comments and empty lines."""
+    lines = "".join(code(text, "sh")).splitlines()
+    lines = [re.sub(r"(^|\s+)#.*", "", line) for line in lines]
+    return [line for line in lines if line]
+
+
+def numbers(text):
+    return sorted(re.findall(r"\d+(?:[.,]\d+)*", text))
+
+
+def test_the_two_readmes_lead_to_each_other():
+    assert README.startswith("# superminddpm\n\n[中文版](README_zh.md)\n\n")
+    assert CHINESE.startswith("# superminddpm\n\n[English](README.md)\n\n")
+
+
+def test_the_chinese_readme_has_the_same_commands():
+    english, chinese = map(commands, BOTH)
+    assert chinese == english and len(english) >= len(SCRIPTS)
+
+
+def test_the_chinese_readme_has_the_same_python():
+    english, chinese = (
+        [ast.dump(ast.parse(c)) for c in code(t, "python")] for t in BOTH
+    )
+    assert chinese == english != []
+
+
+def test_the_chinese_readme_has_the_same_links_and_images():
+    english, chinese = (sorted(LINK.findall(text)) for text in BOTH)
+    english.remove("README_zh.md")
+    chinese.remove("README.md")
+    assert chinese == english
+    english, chinese = (re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) for text in BOTH)
+    assert chinese == english != []
+
+
+def test_the_chinese_readme_is_built_the_same_way():
+    """The same headings, paragraphs, items, tables and code in the same order."""
+    english, chinese = ([kind for kind, _ in blocks(text)] for text in BOTH)
+    assert chinese == english
+    english, chinese = ([[len(r) for r in table] for table in tables(t)] for t in BOTH)
+    assert chinese == english != []
+
+
+def test_the_chinese_readme_has_the_same_figures_and_names():
+    """Cell by cell in the tables, paragraph by paragraph elsewhere; code in `` too."""
+    for english, chinese in zip(*map(tables, BOTH), strict=True):
+        for row, other in zip(english, chinese, strict=True):
+            for cell, same in zip(row, other, strict=True):
+                assert numbers(same) == numbers(cell), other
+                assert sorted(SPAN.findall(same)) == sorted(SPAN.findall(cell)), other
+    for (kind, block), (_, same) in zip(*map(blocks, BOTH), strict=True):
+        if not kind.startswith(("`", "|")):
+            assert numbers(same) == numbers(block), same
+            assert sorted(SPAN.findall(same)) == sorted(SPAN.findall(block)), same
+
+
+def test_nothing_in_the_chinese_readme_is_left_in_english():
+    for kind, block in blocks(CHINESE):
+        if kind.startswith("`"):
+            continue
+        text = LINK.sub("]", SPAN.sub("``", block))
+        assert not re.search(r"([A-Za-z]+[,.:;]? +){6}[A-Za-z]", text), block
+        if kind != "|" and len(block) > 60:
+            assert HAN.search(text), block
+    source = code(CHINESE, "sh") + code(CHINESE, "python")
+    comments = re.findall(r"#.*", "".join(source))
+    assert comments and all(map(HAN.search, comments))
