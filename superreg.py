@@ -17,14 +17,18 @@ Mind:
  2. `--reg prox` takes Adam's step for the MSE alone and then the proximal operator of
     lambda Omega: block soft-threshold, w (1 - tau / |w|)_+, which does give zeros.
     Which tau? A step of size eta wants tau = eta lambda. Adam's step size is not lr but
-    lr / (sqrt(v_hat) + 1e-8), another one for each weight. With the mean v_hat of its
-    filter for each, eta = lr / (sqrt(mean v_hat) + 1e-8), the closed form is exact: it
-    minimises lambda |w| + |w - w'|^2 / (2 eta). (For unequal step sizes there is no
-    closed form: Yun, Lozano and Yang 2021, arXiv:2007.07639.) tau = lr lambda, as for
-    SGD, would solve another problem, with a lambda smaller by lr / eta.
+    lr / (sqrt(v_hat) + 1e-8), another one for each weight. Here a filter of n weights
+    has one: eta = lr / (sqrt(mean v_hat + lambda^2 / n) + 1e-8), where lambda^2 / n is
+    the mean square of the penalty's own gradient. With it the closed form is exact: it
+    minimises lambda |w| + |w - w'|^2 / (2 eta). Without the second term a filter that
+    has had no gradient yet would be emptied at once, and most have none at step 1,
+    since the last layer starts at 0. (For unequal step sizes there is no closed form:
+    Yun, Lozano and Yang 2021, arXiv:2007.07639.) tau = lr lambda, as for SGD, would
+    solve another problem, with a lambda smaller by lr / eta.
  3. Most filters feed a GroupNorm, which undoes a common shrink of a whole group: there
     Omega moves scale from one place to another and says little about function.
- 4. Zeros are counted in the raw weights; averaged ones are never exactly 0.
+ 4. Zeros are counted in the raw weights; averaged ones are never exactly 0. When lambda
+    is 0 they all come back: the idea is a bottleneck in time, not a smaller network.
 
 Lineage: the curriculum and sparsity fork of minDiffusion.
 
@@ -589,7 +593,8 @@ def proximal_step(net, opt, lam, step):
             axis = int(isinstance(layer, nn.ConvTranspose2d))
             w = layer.weight.transpose(0, axis)
             v = opt.state[layer.weight]["exp_avg_sq"].transpose(0, axis).flatten(1)
-            eta = group["lr"] / ((v.mean(1) / known).sqrt() + group["eps"])
+            v = v.mean(1) / known + lam**2 / v.shape[1]
+            eta = group["lr"] / (v.sqrt() + group["eps"])
             w.copy_(shrink(w.flatten(1), eta * lam).view_as(w))
 
 

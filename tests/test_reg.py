@@ -93,7 +93,7 @@ def test_the_step_size_is_that_of_adam():
     """The prox minimises lam |w| + |w - w'|^2 / (2 eta), with Adam's own eta.
 
     Where all gradients of a filter are equal, eta is what moved its weights: the step
-    was eta times the bias-corrected gradient.
+    was eta times the gradient. The penalty's own gradient, of norm lam, comes on top.
     """
     net, lam = Net(), 0.02
     opt = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
@@ -105,6 +105,7 @@ def test_the_step_size_is_that_of_adam():
     opt.step()
     middle = net.conv.weight.detach().clone()
     eta = ((before - middle) / net.conv.weight.grad).flatten(1)[:, 0]
+    eta = 1e-2 / ((1e-2 / eta) ** 2 + lam**2 / 27).sqrt()  # 27 weights a filter
     superreg.proximal_step(net, opt, lam, 0)
     norm = middle.flatten(1).norm(dim=1)
     keep = (1 - eta * lam / norm).clamp(min=0).view(5, 1, 1, 1)
@@ -112,8 +113,14 @@ def test_the_step_size_is_that_of_adam():
         net.conv.weight.detach(), middle * keep, rtol=1e-4, atol=1e-6
     )
     assert 0.9 < (eta * lam / norm)[2] / (0.02 * 1e-2 / norm[2]) < 1.1  # |g| = 1: lr
-    axis1 = net.up.weight.detach()
-    assert axis1.shape == (5, 2, 4, 4) and axis1.isfinite().all()
+
+
+def test_a_filter_without_gradient_is_not_emptied_at_once():
+    """The last layer begins at 0, so at step 1 no other layer has a gradient."""
+    train("superreg", "run", steps=1, reg="prox", lambda_max=1e-3, warmup=0)
+    first = filter_norms(superreg.build(Config(n_feat=8), (1, 8, 8)).net)
+    last = filter_norms(superreg.load("run/last.pt", ema=False).net)
+    assert (last > 0).all() and len(first) == len(last)
 
 
 def counts(run):
