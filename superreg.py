@@ -33,7 +33,7 @@ Mind:
 Lineage: the curriculum and sparsity fork of minDiffusion.
 
 Measured (benchmarks/compare.py: digits, three pairs of runs, falling learning rate,
-base 0.0814, curriculum 0.0878): held-out loss 0.0893 with the penalty, 0.0903 with the
+base 0.0814, curriculum 0.0878): held-out loss 0.0893 with the penalty, 0.0894 with the
 proximal step. A step takes about 1 % longer (benchmarks/reg_cost.py).
 """
 
