@@ -1,6 +1,6 @@
 """Which way to train is better on the coarse/fine toy?
 
-    python benchmarks/toy.py          all arms; 12 minutes on one core
+    python benchmarks/toy.py          all arms; 15 minutes on one core
 
 Every arm of notebooks/toy.py gets the same steps, the same samples and the same grid of
 learning rates. Its rate is the one with the least mean excess risk over tuning seeds,
