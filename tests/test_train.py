@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -412,6 +413,38 @@ def test_torchrun_brings_a_killed_worker_back(tmp_path):
     assert [path.name for path in Path("runs").iterdir()] == ["superminddpm-digits"]
     finish(start(record, small("whole", steps=60), world=2))
     assert_same_run("whole", last.parent)
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_model_also_when_a_worker_is_killed():
+    """Two torchrun agents meet on loopback, as the README has it for two machines."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = "--n-feat 8 --batch 32 --n-train 160 --steps 60 --out faces --resume auto"
+    options += " --lr 0.002 --save-every 1 --sample-every 99"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+    command += ["--nproc_per_node=1", "--rdzv-backend=c10d", "--max-restarts=3"]
+    command += [f"--rdzv-endpoint=127.0.0.1:{port}", str(ROOT / "superminddpm.py")]
+    own = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with open("log", "w") as log:
+        both = {"stdout": log, "stderr": log, "env": own}
+        agents = [subprocess.Popen(command + options.split(), **both) for _ in "ab"]
+        deadline, last = time.time() + 90, Path("faces/last.pt")
+        while not last.exists() and time.time() < deadline:
+            time.sleep(0.01)
+        tasks = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children")
+        os.kill(int(tasks.read_text().split()[-1]), signal.SIGKILL)
+        codes = [agent.wait(180) for agent in agents]
+    assert codes == [0, 0], Path("log").read_text()
+    assert Path("log").read_text().count("faces: 160 images") == 2  # it began twice
+    finish(start(record, small("whole", steps=60, lr=2e-3), world=2))
+    assert_same_run("whole", last.parent)
+    one = state_of(train, small("one", steps=60, lr=2e-3))
+    for name, weight in one["net"].items():
+        torch.testing.assert_close(
+            weight, state(last.parent)["net"][name], atol=1e-3, rtol=0
+        )
 
 
 # ---- where a run goes, what it starts from -------------------------------------------
