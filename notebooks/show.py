@@ -151,7 +151,8 @@ def player(frames, values, label, captions, start=0):
     last = len(children) - 1
     stack = widgets.Stack(children, selected_index=start)
     slider = widgets.IntSlider(start, 0, last, description=label, readout=False)
-    slider.layout.width = "360px"
+    slider.style.description_width = "initial"  # else long labels are cut
+    slider.layout.width = "400px"
     play = widgets.Play(value=start, min=0, max=last, interval=400)
     widgets.jslink((play, "value"), (slider, "value"))
     widgets.jslink((slider, "value"), (stack, "selected_index"))

@@ -76,7 +76,7 @@ def test_shrink_is_the_minimiser():
     for row, threshold, got in zip(w, tau, found, strict=True):
 
         def cost(x, row=row, threshold=threshold):
-            x = torch.tensor(x)
+            x = torch.as_tensor(x)
             return (threshold * x.norm() + (x - row).square().sum() / 2).item()
 
         starts = (row, row / 2, row * 1e-3)
@@ -113,6 +113,23 @@ def test_the_step_size_is_that_of_adam():
         net.conv.weight.detach(), middle * keep, rtol=1e-4, atol=1e-6
     )
     assert 0.9 < (eta * lam / norm)[2] / (0.02 * 1e-2 / norm[2]) < 1.1  # |g| = 1: lr
+
+
+def test_the_filters_of_a_transposed_convolution_are_on_its_axis_1():
+    """It gets the proximal step of the convolution with the same filters."""
+    up = nn.ConvTranspose2d(5, 2, 4)
+    conv = nn.Conv2d(5, 2, 4)
+    grad = torch.randn(5, 2, 4, 4, generator=rng("cpu", 5))
+    with torch.no_grad():
+        conv.weight.copy_(up.weight.transpose(0, 1))
+    up.weight.grad, conv.weight.grad = grad, grad.transpose(0, 1).clone()
+    for layer in (up, conv):
+        opt = torch.optim.AdamW([layer.weight], lr=1e-2)
+        opt.step()
+        before = layer.weight.detach().clone()
+        superreg.proximal_step(layer, opt, 2.0, 0)
+        assert not torch.equal(before, layer.weight)
+    assert torch.equal(up.weight.transpose(0, 1), conv.weight)
 
 
 def test_a_filter_without_gradient_is_not_emptied_at_once():

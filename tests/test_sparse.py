@@ -347,33 +347,35 @@ def test_where_the_score_misleads():
 
 
 def spy_births(cfg, spoil=False):
-    """Train as a worker; write down each mask before any forward of DDP follows."""
+    """Train as a worker; write down all scores, and masks before DDP's next forward."""
     import os
 
     rank, births, seen = os.environ["RANK"], supersparse.give_birth, []
-    find = supersparse.gate_scores
+    find, found = supersparse.gate_scores, []
 
     def spy(ddpm, *args):
         births(ddpm, *args)
         seen.append(ddpm.net.channel_mask.clone())
 
-    def differ(*args):
-        return find(*args) * torch.rand(16, generator=rng("cpu", int(rank)))
+    def score(*args):
+        found.append(find(*args))
+        wrong = torch.rand(16, generator=rng("cpu", int(rank)))
+        return found[-1] * wrong if spoil else found[-1]
 
-    supersparse.give_birth = spy
-    if spoil:
-        supersparse.gate_scores = differ
+    supersparse.give_birth, supersparse.gate_scores = spy, score
     try:
         supersparse.train(cfg)
     finally:
-        torch.save(seen, f"masks{rank}.pt")
-    torch.distributed.destroy_process_group()
+        torch.save(seen, f"{cfg.out}-masks{rank}.pt")
+        torch.save(found, f"{cfg.out}-scores{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def test_masks_are_equal_on_two_ranks_before_the_next_forward():
     cfg = small("supersparse", "run", steps=9)
     assert finish(start(spy_births, cfg, world=2)) == [0, 0]
-    first, second = (torch.load(f"masks{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(f"run-masks{rank}.pt") for rank in (0, 1))
     assert len(first) == 3 and all(map(torch.equal, first, second))
     assert [int(mask.sum()) for mask in first] == [3, 10, 16]
 
@@ -384,11 +386,17 @@ def test_masks_that_differ_stop_the_run():
 
 
 def test_one_process_and_two_choose_alike():
-    train("supersparse", "one", steps=9)
-    finish(start(spy_births, small("supersparse", "two", steps=9), world=2))
+    for world, out in ((1, "one"), (2, "two")):
+        cfg = small("supersparse", out, steps=9)
+        assert finish(start(spy_births, cfg, world=world)) == [0] * world
     one, two = state("one")["net"], state("two")["net"]
     name = "net.channel_birth_stage"
     assert torch.equal(one[name], two[name]) and one[name].max() == 2
+    want = torch.load("one-scores0.pt")
+    assert len(want) == 2
+    for rank in (0, 1):
+        for a, b in zip(want, torch.load(f"two-scores{rank}.pt"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * a.max().item())
 
 
 def test_gradient_and_random_choose_differently():
