@@ -3,11 +3,14 @@
 import gzip
 import os
 import pickle
+import signal
 import struct
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import start
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -131,6 +134,23 @@ def test_the_cache_is_mapped_reused_and_renewed(tmp_path, monkeypatch):
     save(noise(218, 178, 3), tmp_path / "f" / "img_align_celeba" / "000002.jpg")
     assert not torch.equal(load_images(cfg)[0], first)
     assert len(load_images(base.replace(cfg, image_size=16))[0][0, 0]) == 16
+
+
+def test_a_killed_decode_leaves_no_half_cache(tmp_path, monkeypatch):
+    celeba(tmp_path / "f", [*range(1, 400), 170000])
+    cfg = Config(data="celeba", data_dir=str(tmp_path / "f"), quiet=True)
+    cache = tmp_path / "runs" / "cache"
+    worker = start(load_images, cfg)[0]
+    while worker.is_alive() and not (cache.exists() and any(cache.iterdir())):
+        time.sleep(0.001)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    names = [path.name for path in cache.iterdir()]
+    assert names and not [name for name in names if name.endswith(".bin")]
+    again = load_images(cfg)[0]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(again, load_images(cfg)[0]) and len(again) == 399
 
 
 def test_a_folder_of_all_kinds(tmp_path):
