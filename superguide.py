@@ -925,7 +925,8 @@ def draw(cfg):
         if cfg.class_cond:  # + guide
             asked = [label_and_strength(i, ws) for i in ids]  # + guide
             mixed = torch.tensor([ws[k] for _, k, _ in asked])  # + guide
-            ask(ddpm, [y for y, *_ in asked], ws[0] if len(ws) == 1 else mixed)  # + guide
+            y = [y for y, *_ in asked]  # + guide
+            ask(ddpm, y, ws[0] if len(ws) == 1 else mixed)  # + guide
             noise = [rng("cpu", cfg.seed, z, 4) for *_, z in asked]  # + guide
         xt = torch.stack([torch.randn(ddpm.shape, generator=g) for g in noise])
         xt, g = xt.to(device), rng(device, cfg.seed, ids[0], 5)
