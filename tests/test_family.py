@@ -20,6 +20,8 @@ PARENT = {
     "superreg": "supercurriculum",
     "superobjective": "superminddpm",
     "superguide": "superminddpm",
+    "supersample": "superminddpm",
+    "superarch": "superminddpm",
 }
 OFF = {  # the options that switch an idea off
     "supercurriculum": {"stages": "0", "epochs_per_stage": "1"},
@@ -27,9 +29,13 @@ OFF = {  # the options that switch an idea off
     "superreg": {"lambda_max": 0.0},
     "superobjective": {"objective": "eps", "schedule": "linear", "weighting": "none"},
     "superguide": {"class_cond": False},
+    "supersample": {},
+    "superarch": {"arch": "base"},
 }
+ON = {"superarch": {"arch": "attention"}}  # beyond the defaults, for a run that differs
 CHILDREN = sorted(PARENT)
 children = pytest.mark.parametrize("child", CHILDREN)
+TRAINED = sorted({*CHILDREN} - {"supersample"})  # which only samples otherwise
 STAGED = [c for c in CHILDREN if "supercurriculum" in (c, PARENT[c])]  # has stages
 
 
@@ -91,11 +97,14 @@ def names(text):
     return found
 
 
+def find(text, function):
+    tree = ast.parse(text)
+    return next(x for x in ast.walk(tree) if getattr(x, "name", "") == function)
+
+
 def own_locals(text, function):
     """Return the names that a function of a script assigns to."""
-    tree = ast.parse(text)
-    node = next(x for x in ast.walk(tree) if getattr(x, "name", "") == function)
-    stores = (x for x in ast.walk(node) if isinstance(x, ast.Name))
+    stores = (x for x in ast.walk(find(text, function)) if isinstance(x, ast.Name))
     return {x.id for x in stores if isinstance(x.ctx, ast.Store)}
 
 
@@ -108,10 +117,11 @@ def test_an_idea_shadows_no_name_of_its_parent(child):
     assert names(section) and not names(section) & names(parent)
     # nor does an inserted line of the loop take a name that the loop itself uses,
     # unless it means to change that very thing
-    inserted = re.findall(rf"^ +([\w, ]+?) \|?= .*  # \+ {idea}$", text, re.M)
-    inserted = {name for targets in inserted for name in targets.split(", ")}
-    meant = {"t", "loss", "show", "keep", "ends", "done", "row", "state", "vec"}
+    meant = {"t", "loss", "show", "keep", "ends", "done", "row", "state", "vec", "net"}
     for function in ("train", "build"):
+        own = ast.get_source_segment(text, find(text, function))
+        inserted = re.findall(rf"^ +([\w, ]+?) \|?= .*  # \+ {idea}$", own, re.M)
+        inserted = {name for targets in inserted for name in targets.split(", ")}
         used = own_locals(parent, function)
         assert not inserted & used - meant
 
@@ -180,12 +190,14 @@ def test_switched_off_a_child_is_its_parent_bit_for_bit(plain, child):
     assert parent["losses"] == own["losses"]
 
 
-@children
+@pytest.mark.parametrize("child", TRAINED)
 def test_switched_on_a_child_differs(plain, child):
     train(PARENT[child], "parent", steps=10)
-    train(child, "child", steps=10)
-    name = "net.to_vec.weight"
-    assert not torch.equal(state("parent")["net"][name], state("child")["net"][name])
+    train(child, "child", steps=10, **ON.get(child, {}))
+    old, own = state("parent")["net"], state("child")["net"]
+    same = [x for x in old if x in own and old[x].shape == own[x].shape]
+    weights = [x for x in same if x.startswith("net.")]
+    assert not weights or any(not torch.equal(old[x], own[x]) for x in weights)
 
 
 VARIANTS = [
@@ -199,6 +211,9 @@ VARIANTS = [
     ("superobjective", {}),
     ("superobjective", {"objective": "x0", "loss": "l1", "early_stop": 2}),
     ("superguide", {}),
+    ("supersample", {}),
+    ("superarch", {"arch": "naive"}),
+    ("superarch", {"arch": "attention", "dropout": 0.2, "mults": "1,1"}),
 ]
 
 
