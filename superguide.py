@@ -349,7 +349,7 @@ class DDPM(nn.Module):
         self.register_buffer("beta", beta.float())
         self.register_buffer("alpha", (1 - beta).float())
         self.register_buffer("alphabar", (1 - beta).cumprod(0).float())
-        self.y, self.w = None, None  # what is asked for; see ask  # + guide
+        self.y, self.w = None, None  # what is asked for; see condition  # + guide
 
     def q_sample(self, x0, t, eps):
         """Return x_t ~ q(x_t | x_0), Eq. 4."""
@@ -459,14 +459,14 @@ def add_classes(net):
     net.classes = nn.Embedding(CLASSES + 1, c_time, padding_idx=NO_LABEL)
 
 
-def ask(ddpm, y=None, w=1.0):
+def condition(ddpm, y=None, w=1.0):
     """Let eps_hat answer for the labels y (B,) with strength w, a number or (B,).
 
     y may be one label for all; None: no label, as in the base.
     """
     device = ddpm.beta.device
     ddpm.y = None if y is None else torch.as_tensor(y, device=device)
-    ddpm.w = w if isinstance(w, float) else w.to(device)
+    ddpm.w = w.to(device) if torch.is_tensor(w) else float(w)
 
 
 def guided(ddpm, xt, t):
@@ -521,17 +521,27 @@ def table(n, ws):
     return at, len(ws) * rounds
 
 
+def as_csv(n, ws):
+    """Return the text of a table of images 0..n-1: file, label and w of each."""
+    asked = [label_and_strength(i, ws) for i in range(n)]
+    lines = [f"{i:06}.png,{y},{ws[k]:g}" for i, (y, k, _) in enumerate(asked)]
+    return "\n".join(["file,label,w", *lines, ""])
+
+
 @torch.no_grad()
-def conditional_loss(ddpm, held, labels):
-    """Return held_out_loss, its mean over t, with each image's own label."""
-    total = 0
-    for y in labels.unique().tolist():
-        part = held[labels == y]
-        ask(ddpm, y)
-        losses = held_out_loss(ddpm, part).values()
-        total += sum(losses) / len(losses) * len(part)
-    ask(ddpm)
-    return total / len(held)
+def loss_with_label(ddpm, held, labels):
+    """Return the mean of held_out_loss, noise and all, but each image has its label."""
+    device, total = ddpm.beta.device, 0
+    for level in [round((k + 0.5) * ddpm.T / 10) for k in range(10)]:
+        g = rng("cpu", level)
+        for x0, y in zip(held.split(256), labels.split(256), strict=True):
+            t = torch.full((len(x0),), level, device=device)
+            eps = torch.randn(x0.shape, generator=g).to(device)
+            condition(ddpm, y)
+            residual = ddpm.residual(x0.to(device) / 127.5 - 1, t, eps)
+            total += residual.square().sum()
+    condition(ddpm)
+    return float(total) / held.numel() / 10
 
 
 @torch.no_grad()
@@ -540,13 +550,13 @@ def class_grid(ddpm, ws, seed, path, each=2):
     n = CLASSES * len(ws) * each
     asked = [label_and_strength(i, ws) for i in range(n)]
     noise = [rng("cpu", seed, z, 4) for *_, z in asked]
-    ask(ddpm, [y for y, *_ in asked], torch.tensor([ws[k] for _, k, _ in asked]))
+    condition(ddpm, [y for y, *_ in asked], torch.tensor([ws[k] for _, k, _ in asked]))
     xt = torch.stack([torch.randn(ddpm.shape, generator=g) for g in noise])
     xt = xt.to(ddpm.beta.device)
     images = ddpm.sample(xt.shape, xt=xt)
-    ask(ddpm)
-    order, columns = table(n, ws)
-    save_grid(images[order], path, columns)
+    condition(ddpm)
+    cells, columns = table(n, ws)
+    save_grid(images[cells], path, columns)
 
 
 # ---- 5. Training -------------------------------------------------------------------
@@ -833,9 +843,9 @@ def train(cfg):
 
         if cfg.class_cond:  # + guide
             y = classes[order[i * cfg.batch : (i + 1) * cfg.batch]]  # + guide
-            ask(ddpm, drop_labels(y, cfg, step)[mine])  # + guide
+            condition(ddpm, drop_labels(y, cfg, step)[mine])  # + guide
         loss = model(x0, t, eps)
-        ask(ddpm)  # + guide
+        condition(ddpm)  # + guide
         fresh.append(loss.detach())
         opt.zero_grad()
         loss.backward()
@@ -871,7 +881,7 @@ def train(cfg):
             row |= {"held_loss": sum(levels.values()) / len(levels)}
             row |= {f"held_t{level}": value for level, value in levels.items()}
             if cfg.class_cond:  # + guide
-                told = conditional_loss(ema, held, held_labels)  # + guide
+                told = loss_with_label(ema, held, held_labels)  # + guide
                 row |= {"held_loss_with_label": told}  # + guide
                 path = out / f"classes_epoch_{epoch + 1:03}.png"  # + guide
                 class_grid(ema, strengths(cfg), cfg.seed, path)  # + guide
@@ -926,7 +936,7 @@ def draw(cfg):
             asked = [label_and_strength(i, ws) for i in ids]  # + guide
             mixed = torch.tensor([ws[k] for _, k, _ in asked])  # + guide
             y = [y for y, *_ in asked]  # + guide
-            ask(ddpm, y, ws[0] if len(ws) == 1 else mixed)  # + guide
+            condition(ddpm, y, ws[0] if len(ws) == 1 else mixed)  # + guide
             noise = [rng("cpu", cfg.seed, z, 4) for *_, z in asked]  # + guide
         xt = torch.stack([torch.randn(ddpm.shape, generator=g) for g in noise])
         xt, g = xt.to(device), rng(device, cfg.seed, ids[0], 5)
@@ -942,6 +952,7 @@ def draw(cfg):
             cells, nrow = table(len(images), ws)  # + guide
             blank = torch.full_like(images[0], 255)  # + guide
             images[:] = [blank if i is None else images[i] for i in cells]  # + guide
+            (out / "labels.csv").write_text(as_csv(cfg.n_samples, ws))  # + guide
         save_grid(torch.stack(images) / 127.5 - 1, out / "grid.png", nrow)
         if not cfg.quiet:
             print(f"{cfg.n_samples} images in {out}")

@@ -18,7 +18,7 @@ from test_family import train
 from test_train import state
 
 import superguide
-from superguide import Config, ask, build, rng
+from superguide import Config, build, condition, rng
 
 
 def model(seed=0, **options):
@@ -50,11 +50,11 @@ def test_guidance_is_its_formula():
     eps_c = ddpm.net(xt, torch.stack([t, y], 1))
     assert (eps_u - eps_c).abs().amax((1, 2, 3)).min() > 1e-2
     for w in (-1.0, 0.3, 1.0, 3.0, 7.5):
-        ask(ddpm, y, w)
+        condition(ddpm, y, w)
         want = eps_u + w * (eps_c - eps_u)
         torch.testing.assert_close(ddpm.eps_hat(xt, t), want, atol=1e-4, rtol=1e-4)
     w = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.0, 1.0])
-    ask(ddpm, y, w)
+    condition(ddpm, y, w)
     want = eps_u + w.view(-1, 1, 1, 1) * (eps_c - eps_u)
     seen = calls(ddpm)
     torch.testing.assert_close(ddpm.eps_hat(xt, t), want, atol=1e-4, rtol=1e-4)
@@ -66,19 +66,21 @@ def test_w_0_and_w_1_are_the_two_models_exactly_in_one_call():
     ddpm, (xt, t, y) = model(), drawn()
     eps_u, eps_c = ddpm.net(xt, t), ddpm.net(xt, torch.stack([t, y], 1))
     seen = calls(ddpm)
-    ask(ddpm, y, 0.0)
+    condition(ddpm, y, 0.0)
     assert torch.equal(ddpm.eps_hat(xt, t), eps_u)
-    ask(ddpm, y, 1.0)
+    condition(ddpm, y, 1.0)
     assert torch.equal(ddpm.eps_hat(xt, t), eps_c)
-    ask(ddpm, y)
+    condition(ddpm, y)
     assert torch.equal(ddpm.eps_hat(xt, t), eps_c)
-    ask(ddpm)
+    condition(ddpm)
     assert torch.equal(ddpm.eps_hat(xt, t), eps_u)
     assert seen == [6, 6, 6, 6]
     labels = [torch.stack([t, torch.full_like(t, k)], 1) for k in (10, 3)]
     assert torch.equal(ddpm.net(xt, labels[0]), eps_u)  # a dropped label is none
-    ask(ddpm, 3)
+    condition(ddpm, 3)
     assert torch.equal(ddpm.eps_hat(xt, t), ddpm.net(xt, labels[1]))  # one for all
+    condition(ddpm, 3, 0)  # a whole number does as well
+    assert torch.equal(ddpm.eps_hat(xt, t), eps_u)
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def test_sampling_hears_the_label_with_either_sampler():
     for sampler in ("ddim", "ddpm"):
 
         def images(y, w, sampler=sampler):
-            ask(ddpm, y, w)
+            condition(ddpm, y, w)
             return ddpm.sample(xt.shape, 5, sampler, generator=rng("cpu", 3), xt=xt)
 
         plain = images(None, 1.0)
@@ -166,24 +168,25 @@ def rows(run):
         return list(csv.DictReader(f))
 
 
-def test_the_held_out_loss_with_labels_is_that_of_a_loop():
-    """Image by image and level by level; the noise is that of the images' class."""
+@torch.no_grad()
+def test_the_held_out_loss_with_labels_is_held_out_loss_with_labels():
+    """Where labels say nothing the two are equal; else each image hears its own."""
     ddpm = model()
     _, _, held, labels = superguide.load_images(Config())
-    held, labels = held[:40], labels[:40]
     total = 0
     for level in range(50, 1000, 100):
-        for y in range(10):
-            x0 = held[labels == y] / 127.5 - 1
-            eps = torch.randn(x0.shape, generator=rng("cpu", level))
-            t = torch.full((len(x0),), level)
-            ty = torch.stack([t, torch.full_like(t, y)], 1)
-            with torch.no_grad():
-                error = ddpm.net(ddpm.q_sample(x0, t, eps), ty) - eps
-            total += error.square().sum().item()
-    want = total / held.numel() / 10
-    found = superguide.conditional_loss(ddpm, held, labels)
-    assert found == pytest.approx(want, rel=1e-4) and ddpm.y is None
+        g, t = rng("cpu", level), torch.full((len(held),), level)
+        eps = torch.cat([torch.randn(x0.shape, generator=g) for x0 in held.split(256)])
+        xt = ddpm.q_sample(held / 127.5 - 1, t, eps)
+        error = ddpm.net(xt, torch.stack([t, labels], 1)) - eps
+        total += error.square().mean().item() / 10
+    found = superguide.loss_with_label(ddpm, held, labels)
+    assert found == pytest.approx(total, rel=1e-4) and ddpm.y is None
+    without = sum(superguide.held_out_loss(ddpm, held).values()) / 10
+    assert found != pytest.approx(without, rel=1e-2)
+    ddpm.net.classes.weight.zero_()
+    found = superguide.loss_with_label(ddpm, held, labels)
+    assert found == pytest.approx(without, rel=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 10, 29, 64, 120])
@@ -219,11 +222,16 @@ def test_sample_writes_64_labels_and_w_0_and_1_as_asked():
     ddpm = superguide.load("run/last.pt")
     for i, (w, z) in {0: (0.0, 0), 13: (1.0, 3), 27: (3.0, 7), 34: (0.0, 14)}.items():
         xt = torch.randn(1, 1, 8, 8, generator=rng("cpu", 0, z, 4))
-        ask(ddpm, torch.tensor([i % 10]), w)
+        condition(ddpm, torch.tensor([i % 10]), w)
         x0 = ddpm.sample(xt.shape, 4, xt=xt)
         pixels = torch.from_numpy(np.array(Image.open(f"0,1,3/{i:06}.png")))
         gap = pixels - (x0[0, 0] + 1) * 127.5
         assert gap.abs().max() < 1
+    with open("0,1,3/labels.csv") as f:
+        told = list(csv.DictReader(f))
+    assert [row["label"] for row in told] == [str(i % 10) for i in range(64)]
+    assert [row["w"] for row in told] == list(("0" * 10 + "1" * 10 + "3" * 10) * 3)[:64]
+    assert all(Path("0,1,3", row["file"]).exists() for row in told)
     size = Image.open("0,1,3/grid.png").size
     assert size == (9 * 66 + 2, 10 * 66 + 2)  # 3 strengths of 3 turns, 10 classes
     assert Image.open("1/grid.png").size == (10 * 66 + 2, 7 * 66 + 2)
@@ -296,7 +304,7 @@ def test_a_judge_sees_the_digit_that_was_asked_for():
     y, right = torch.arange(200) % 10, {}
     xt = torch.randn(200, 1, 8, 8, generator=rng("cpu", 5))
     for w in (0.0, 1.0, 3.0):
-        ask(ddpm, y, w)
+        condition(ddpm, y, w)
         found = judge.predict((ddpm.sample(xt.shape, 25, xt=xt).flatten(1) + 1) * 8)
         right[w] = (found == y.numpy()).mean()
     assert right[3.0] >= 0.95 and right[1.0] > 0.7 and right[0.0] < 0.3, right
