@@ -13,20 +13,29 @@ Salimans 2022, arXiv:2207.12598), in the convention
     python superguide.py --sample runs/superguide-digits/last.pt --guidance 3
     python superguide.py --no-class-cond            off: the base's weights
 
-classes_epoch_XXX.png has a row a class and a column a strength w of --guidance. With
---sample, image i has label i mod 10: 64 images have 64 labels. The strengths take turns
-of ten images, and images that differ in w alone start from the same noise.
+classes_epoch_XXX.png has a row a class and, for each strength w of --guidance, the same
+noises. With --sample, image i has label i mod 10: 64 images have 64 labels. Strengths
+take turns of ten images; labels.csv says which image has which. Data without labels
+(celeba, folder) want --no-class-cond.
 
-Mind:
+Different from the paper, or to mind:
  1. w = 0 is the unconditional and w = 1 the conditional model, each one network call;
     any other w takes both. The paper counts from there: its w is ours less 1.
  2. Above 1, guidance trades variety for fit to the label. The result is no sample of a
     distribution that the network was trained on.
- 3. A dropped label adds nothing to the network's time vector. Hence eps_u is the base's
-    network, and --p-uncond 1 trains the base's weights.
+ 3. The label is a vector that is added to the network's time vector; a dropped label
+    adds nothing. Hence eps_u is the base's network, and --p-uncond 1 trains the base's
+    weights.
  4. --p-uncond 0 never trains eps_u: then only w = 1 means anything.
- 5. held_loss is eps_u's, held_loss_with_label is eps_c's: what the label is worth.
+ 5. held_loss is eps_u's, held_loss_with_label is eps_c's on the same noise: what the
+    label is worth. (loss mixes the two.) eps_u learns from a tenth of the images only.
  6. --init takes a checkpoint of superminddpm.py: labels for a network that knew none.
+
+Measured after the default run: held-out loss 0.086 without and 0.072 with the label
+(base 0.081); 48 s. By benchmarks/guidance.py, 1000 digits each, at w = 0, 1, 2 and 3:
+a classifier sees the digit that was asked for in 8, 94, 99.7 and 99.9 %; the standard
+deviation within a class, over that of real digits, is 1.24, 0.95, 0.81 and 0.76; the
+Frechet distance over its floor is 1.7, 0.5, 1.4 and 3.0.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

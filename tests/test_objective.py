@@ -225,7 +225,7 @@ def test_stalled_counts_epochs_without_a_lower_loss():
     assert not stalled([1.0] * 9, 0) and not stalled([1.0, 1.0], 2)
 
 
-def test_early_stop_ends_a_run_that_does_not_learn_and_stays_ended(monkeypatch):
+def test_early_stop_ends_a_run_that_does_not_learn_and_stays_ended(capsys):
     """Resumed, it is over at once; without the option it goes on."""
     options = {"lr": 1e-12, "early_stop": 1, "steps": 40}
     train("superobjective", "run", **options)
@@ -235,7 +235,10 @@ def test_early_stop_ends_a_run_that_does_not_learn_and_stays_ended(monkeypatch):
     assert len(losses) == stop // 5 and losses[-1] >= min(losses[:-1])
     assert all(b < a for a, b in zip(losses[:-2], losses[1:-1], strict=True))
     assert [row["step"] for row in rows("run")] == [str(stop)]
-    train("superobjective", "run", resume="auto", **options)
+    capsys.readouterr()
+    train("superobjective", "run", resume="auto", quiet=False, **options)
+    said = capsys.readouterr().out
+    assert f"--early-stop ends the run at step {stop} of 40" in said
     assert state("run")["step"] == stop
     train("superobjective", "run", resume="auto", **{**options, "early_stop": 0})
     assert state("run")["step"] == 40

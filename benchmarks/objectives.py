@@ -1,0 +1,122 @@
+"""Noise, image, or v? The same digits, told in three ways, and the weights beside them.
+
+    python benchmarks/objectives.py              5 ways, 3 seeds: about 12 minutes
+    python benchmarks/objectives.py eps v        some of them
+
+Trains superobjective.py with the default recipe. Runs with one seed start from equal
+weights and see the same images, t and noise. Three scores:
+
+ - held-out error of eps_hat: comparable for equal schedules only
+ - held-out error of x0_hat, clipped as in sampling, at ten log-SNRs from -8 to 6, the
+   same for every schedule: each at the t that is nearest to it
+ - 720 drawn images (DDIM, 50 calls), scored as in benchmarks/quality.py
+
+Each run is a line of benchmarks/results/objectives.jsonl, and a run that is there is
+not made again; the table goes to objectives.txt.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from quality import score, train_judge
+
+import superobjective
+from superobjective import Config, load_images, rng
+
+LINEAR = {"schedule": "linear", "weighting": "none"}
+ARMS = {
+    "eps": {"objective": "eps", **LINEAR},
+    "x0": {"objective": "x0", **LINEAR},
+    "v": {"objective": "v", **LINEAR},
+    "v, cosine": {"objective": "v", "schedule": "cosine", "weighting": "none"},
+    "default": {},  # v, cosine, min-snr
+}
+OTHER_UNIT = {("default", "held_loss"), ("v, cosine", "held_loss")}
+SCORES = {
+    "held_loss": "error of eps_hat",
+    "x0": "error of x0_hat",
+    "Frechet distance / floor": "Frechet / floor",
+    "judge: top probability, drawn": "judge's top prob.",
+}
+
+
+@torch.no_grad()
+def x0_error(ddpm, held):
+    """Return the mean squared error of x0_hat over ten log-SNRs with fixed noise."""
+    ab, x0, errors = ddpm.alphabar[1:].double(), held / 127.5 - 1, []
+    for k, level in enumerate(torch.linspace(-8, 6, 10)):
+        t = int((ab.logit() - level).abs().argmin()) + 1
+        t = torch.full((len(x0),), t)
+        eps = torch.randn(x0.shape, generator=rng("cpu", k, 11))
+        x0_hat, _ = ddpm.predict(ddpm.q_sample(x0, t, eps), t)
+        errors.append((x0_hat - x0).square().mean().item())
+    return sum(errors) / len(errors)
+
+
+def run(arm, seed, data, judge):
+    """Train one run; return its line of the results."""
+    images, _, held, held_labels = data
+    out = f"{tempfile.mkdtemp()}/run"
+    cadence = {"sample_every": 10**6, "save_every": 10**6, "quiet": True}
+    ddpm = superobjective.train(Config(out=out, seed=seed, **cadence, **ARMS[arm]))
+    row = superobjective.read_checkpoint(f"{out}/last.pt")["history"][-1]
+    xt = torch.randn(720, *ddpm.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = ((ddpm.sample(xt.shape, xt=xt) + 1) * 127.5).round() / 127.5 - 1
+    real, unseen = images / 127.5 - 1, held / 127.5 - 1
+    scores = score(drawn, real, unseen, held_labels, judge)
+    line = {"arm": arm, "seed": seed, "held_loss": row["held_loss"]}
+    return line | {"x0": x0_error(ddpm, held)} | scores
+
+
+def table(lines):
+    """Return the means over seeds, and the paired differences to eps, as text."""
+    text = [f"{'mean of the seeds':18}" + "".join(f"{v:>22}" for v in SCORES.values())]
+    text += [f"{'(less eps, paired)':18}", ""]
+    runs = {arm: [line for line in lines if line["arm"] == arm] for arm in ARMS}
+    for arm, own in runs.items():
+        row, less = f"{arm:18}", f"{'':18}"
+        for key in SCORES if own else ():
+            row += f"{np.mean([line[key] for line in own]):22.4f}"
+            base = {line["seed"]: line[key] for line in runs["eps"]}
+            d = [line[key] - base[line["seed"]] for line in own if line["seed"] in base]
+            if arm == "eps" or len(d) < 2 or (arm, key) in OTHER_UNIT:
+                less += f"{'':22}"
+                continue
+            se = np.std(d, ddof=1) / len(d) ** 0.5
+            sure = abs(np.mean(d)) > student.ppf(0.975, len(d) - 1) * se
+            less += f"{np.mean(d):+13.4f}+-{se:.4f}{'*' if sure else ' '}"
+        text += [row, less.rstrip()] if own else []
+    counts = ", ".join(f"{arm}: {len(own)}" for arm, own in runs.items() if own)
+    text += ["", f"seeds {counts}"]
+    text += ["*: beyond chance (Student's t, 5 %, two-sided)"]
+    return "\n".join(["python benchmarks/objectives.py", "", *text, ""])
+
+
+def main():
+    torch.set_num_threads(1)
+    results = ROOT / "benchmarks" / "results" / "objectives.jsonl"
+    text = results.read_text() if results.exists() else ""
+    lines, judge = [json.loads(line) for line in text.splitlines()], None
+    data = load_images(Config())
+    done = {(line["arm"], line["seed"]) for line in lines}
+    for seed in range(3):
+        for arm in sys.argv[1:] or ARMS:
+            if (arm, seed) not in done:
+                judge = judge or train_judge(data[0] / 127.5 - 1, data[1])
+                lines.append(run(arm, seed, data, judge))
+                with open(results, "a") as f:
+                    f.write(json.dumps(lines[-1]) + "\n")
+    results.with_suffix(".txt").write_text(table(lines))
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
