@@ -26,7 +26,8 @@ Different from the paper, or to mind:
  3. The label is a vector that is added to the network's time vector; a dropped label
     adds nothing. Hence eps_u is the base's network, and --p-uncond 1 trains the base's
     weights.
- 4. --p-uncond 0 never trains eps_u: then only w = 1 means anything.
+ 4. --p-uncond 0 never trains eps_u: then only w = 1 is a model of the data. (But a
+    classifier may be content with other w all the same: notebook 08.)
  5. held_loss is eps_u's, held_loss_with_label is eps_c's on the same noise: what the
     label is worth. (loss mixes the two.) eps_u learns from a tenth of the images only.
  6. --init takes a checkpoint of superminddpm.py: labels for a network that knew none.

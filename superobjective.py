@@ -41,7 +41,11 @@ Different from the papers, or to mind:
  7. --early-stop looks at the training loss. It is flat long before pictures are good,
     and the learning rate is then cut off before its fall.
 
-MEASURED
+Measured (benchmarks/objectives.py, digits, two paired seeds): with the linear schedule
+and no weights eps, x0 and v draw digits that cannot be told apart (Frechet distance
+over its floor 0.74, 0.72 and 0.77; held-out error of eps_hat 0.081, 0.088 and 0.081).
+The cosine schedule draws better: 0.54 without weights, 0.53 with Min-SNR. A run takes
+51 s.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

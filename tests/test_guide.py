@@ -116,6 +116,9 @@ def test_labels_are_dropped_by_seed_and_step():
     ):
         both = ((other == superguide.NO_LABEL) & gone).float().mean().item()
         assert both == pytest.approx(0.01, abs=4 * 0.0008)  # independent
+    for stream in range(1, 6):  # nor is it what the order, t or noise are drawn from
+        same = torch.rand(len(y), generator=rng("cpu", 0, 5, stream)) < 0.1
+        assert (same & gone).float().mean() < 0.02
     assert torch.equal(superguide.drop_labels(y, Config(p_uncond=0.0), 5), y)
     assert (superguide.drop_labels(y, Config(p_uncond=1.0), 5) == 10).all()
 
