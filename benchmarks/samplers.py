@@ -3,15 +3,16 @@
     python superminddpm.py
     python benchmarks/samplers.py runs/superminddpm-digits/last.pt
 
-Takes a checkpoint that supersample.py can sample. For each sampler and each number of
-calls draws 360 digits from the same noise and scores them as benchmarks/quality.py
-does: their Frechet distance to the training digits over that of the real held-out ones
-(1 is as good as real), and a classifier's mean top probability. One noise seed;
-`--seeds 3` shows how much of it is chance, as the range. Writes samplers.txt and
-samplers.png into benchmarks/results.
+Takes a checkpoint of any script, trained on digits. For each sampler and each number
+of network calls draws 360 digits, from the same noise for all, and scores them as
+benchmarks/quality.py does: their Frechet distance to the training digits over that of
+the real held-out ones (1 is as good as real), and a classifier's mean top probability.
+Three noise seeds; the table has their mean and half their range. Writes samplers.jsonl,
+samplers.txt and samplers.png into benchmarks/results.
 """
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -24,71 +25,90 @@ from quality import score, train_judge
 
 import supersample
 
+RESULTS = Path(__file__).parent / "results"
 CALLS = (5, 10, 20, 50, 100, 250, 1000)
-WAYS = {  # sampler, variance, spacing; a line of the picture each
-    "ddpm, beta": ("ddpm", "beta", "trailing", "o:", "#D55E00"),
-    "ddpm, beta-tilde": ("ddpm", "beta-tilde", "trailing", "s:", "#E69F00"),
-    "ddim": ("ddim", "beta", "trailing", "o-", "#0072B2"),
-    "heun": ("heun", "beta", "trailing", "^-", "#009E73"),
-    "dpmpp": ("dpmpp", "beta", "trailing", "v-", "#CC79A7"),
-    "ddim, quadratic": ("ddim", "beta", "quadratic", "o--", "#0072B2"),
-    "heun, quadratic": ("heun", "beta", "quadratic", "^--", "#009E73"),
-    "dpmpp, quadratic": ("dpmpp", "beta", "quadratic", "v--", "#CC79A7"),
+WAYS = {  # sampler, variance, spacing, clip; a line of the picture each
+    "ddpm, beta": ("ddpm", "beta", "trailing", True, "o:", "#D55E00"),
+    "ddpm, beta-tilde": ("ddpm", "beta-tilde", "trailing", True, "s:", "#E69F00"),
+    "ddim": ("ddim", "beta", "trailing", True, "o-", "#0072B2"),
+    "heun": ("heun", "beta", "trailing", True, "^-", "#009E73"),
+    "dpmpp": ("dpmpp", "beta", "trailing", True, "v-", "#CC79A7"),
+    "ddim, linear": ("ddim", "beta", "linear", True, "o-.", "#56B4E9"),
+    "ddim, quadratic": ("ddim", "beta", "quadratic", True, "o--", "#0072B2"),
+    "heun, quadratic": ("heun", "beta", "quadratic", True, "^--", "#009E73"),
+    "dpmpp, quadratic": ("dpmpp", "beta", "quadratic", True, "v--", "#CC79A7"),
+    "ddpm, beta, no clip": ("ddpm", "beta", "trailing", False, "x:", "#D55E00"),
+    "ddim, no clip": ("ddim", "beta", "trailing", False, "x-", "#0072B2"),
 }
-FRECHET, TOP = "Frechet distance / floor", "judge: top probability, drawn"
+SCORES = {
+    "frechet": "Frechet distance / floor",
+    "top": "judge: top probability, drawn",
+}
 
 
-def cell(runs, key):
-    """Return a score of some runs as text, a range where they differ."""
-    values = [scores[key] for scores in runs]
-    low, high = min(values, default=0), max(values, default=0)
-    return "" if not runs else f"{low:.2f}" if high == low else f"{low:.2f}-{high:.2f}"
+def cell(values):
+    """Return the mean and half the range of scores as text; nothing for none."""
+    if not values:
+        return ""
+    return f"{sum(values) / len(values):.2f} ±{(max(values) - min(values)) / 2:.2f}"
 
 
-def report(table, command):
-    """Write table, {(way, calls): list of scores}, as text and as a picture."""
-    lines = [command]
-    for key in (FRECHET, TOP):
-        lines += ["", f"{key:32}" + "".join(f"{calls:>11}" for calls in CALLS)]
-        for name in WAYS:
-            cells = (cell(table.get((name, calls), []), key) for calls in CALLS)
-            lines.append(f"{name:32}" + "".join(f"{text:>11}" for text in cells))
-    results = Path(__file__).parent / "results"
-    (results / "samplers.txt").write_text("\n".join(lines) + "\n")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, (*_, line, color) in WAYS.items():
-        x = [calls for calls in CALLS if (name, calls) in table]
-        runs = [[scores[FRECHET] for scores in table[name, calls]] for calls in x]
-        y = [sum(values) / len(values) for values in runs]
-        axes.plot(x, y, line, color=color, label=name)
-        low, high = [*map(min, runs)], [*map(max, runs)]
-        axes.fill_between(x, low, high, color=color, alpha=0.15)
-    axes.axhline(1, color="grey", lw=1)
-    axes.set(xscale="log", yscale="log", xlabel="network calls")
-    axes.set_xticks(CALLS, CALLS)
-    axes.set_ylabel("Frechet distance to digits, over that of real ones")
-    figure.legend(loc="outside right")
-    figure.savefig(results / "samplers.png", dpi=110)
+def table(rows, score):
+    """Return lines of text: a line a way, a column a number of calls."""
+    lines = [f"{SCORES[score]:32}" + "".join(f"{calls:>12}" for calls in CALLS)]
+    for name in WAYS:
+        cells = ""
+        for calls in CALLS:
+            here = [r for r in rows if (r["way"], r["calls"]) == (name, calls)]
+            cells += f"{cell([row[score] for row in here]):>12}"
+        lines.append(f"{name:32}{cells}".rstrip())
     return lines
 
 
-def main(path: tyro.conf.Positional[str], seeds: int = 1):
+def picture(rows, path):
+    """Draw the Frechet distances over the calls as a PNG."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, (*_, line, color) in WAYS.items():
+        mine = [row for row in rows if row["way"] == name]
+        calls = sorted({row["calls"] for row in mine})
+        runs = [[r["frechet"] for r in mine if r["calls"] == n] for n in calls]
+        means = [sum(values) / len(values) for values in runs]
+        axes.plot(calls, means, line, color=color, label=name)
+        low, high = [*map(min, runs)], [*map(max, runs)]
+        axes.fill_between(calls, low, high, color=color, alpha=0.15)
+    axes.axhline(1, color="grey", lw=1)
+    axes.set(xscale="log", yscale="log", xlabel="network calls")
+    axes.set_xticks(CALLS, CALLS)
+    axes.set_yticks((1, 2, 5, 10), (1, 2, 5, 10))
+    axes.minorticks_off()
+    axes.set_ylabel("Frechet distance to digits, over that of real ones")
+    figure.legend(loc="outside right")
+    figure.savefig(path, dpi=110)
+
+
+def main(path: tyro.conf.Positional[str], seeds: int = 3):
     ddpm = supersample.load(path)
     images, labels, held, held_labels = supersample.load_images(supersample.Config())
     images, held = images / 127.5 - 1, held / 127.5 - 1
-    judge, table = train_judge(images, labels), {}
-    for calls, (name, way) in itertools.product(CALLS, WAYS.items()):
-        sampler, ddpm.variance, ddpm.spacing, *_ = way
+    judge, rows = train_judge(images, labels), []
+    for seed, calls, name in itertools.product(range(seeds), CALLS, WAYS):
+        sampler, ddpm.variance, ddpm.spacing, ddpm.clip, *_ = WAYS[name]
         if calls == 1000 and ddpm.spacing != "trailing":
             continue  # T calls leave no choice
-        for seed in range(seeds):
-            g = torch.Generator().manual_seed(seed)
-            drawn = ddpm.sample((360, *ddpm.shape), calls, sampler, generator=g)
-            drawn = ((drawn + 1) * 127.5).round() / 127.5 - 1
-            scores = score(drawn, images, held, held_labels, judge)
-            table.setdefault((name, calls), []).append(scores)
-        lines = report(table, f"python benchmarks/samplers.py {path} --seeds {seeds}")
+        g = torch.Generator().manual_seed(seed)
+        drawn = ddpm.sample((360, *ddpm.shape), calls, sampler, generator=g)
+        drawn = ((drawn + 1) * 127.5).round() / 127.5 - 1
+        found = score(drawn, images, held, held_labels, judge)
+        row = {"way": name, "calls": calls, "seed": seed}
+        rows.append(row | {key: round(found[SCORES[key]], 4) for key in SCORES})
+    lines = [f"python benchmarks/samplers.py {path}, {seeds} seeds of noise"]
+    for key in SCORES:
+        lines += ["", *table(rows, key)]
+    text = "\n".join(json.dumps(row) for row in rows)
+    (RESULTS / "samplers.jsonl").write_text(text + "\n")
+    (RESULTS / "samplers.txt").write_text("\n".join(lines) + "\n")
+    picture(rows, RESULTS / "samplers.png")
     print("\n".join(lines))
 
 

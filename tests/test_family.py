@@ -151,6 +151,7 @@ def small(script, out, steps=12, **changes):
         "stages": "0.8,0.4,0",
         "epochs_per_stage": "4,4,4",
         "sparsity": "0.8,0.4,0",
+        "calls": "2",
     }
     known = config.__dataclass_fields__
     options |= {name: value for name, value in short.items() if name in known}
@@ -167,7 +168,7 @@ def plain(monkeypatch):
     """Leave out the pictures, which take most of the time of a short run."""
     for script in {*PARENT, *PARENT.values()}:
         module = importlib.import_module(script)
-        for name in ("plot_history", "plot_mask", "plot_norms", "class_grid"):
+        for name in "plot_history plot_mask plot_norms class_grid compare".split():
             monkeypatch.setattr(module, name, lambda *_, **__: None, raising=False)
         monkeypatch.setattr(module.DDPM, "sample", lambda self, shape, xt: xt)
 
@@ -281,6 +282,7 @@ def test_torchrun_gives_what_one_process_gives(child):
     options = "--n-feat 8 --batch 32 --n-train 160 --steps 6 --quiet --lr 0.002"
     own = {"stages": "0.5,0", "epochs_per_stage": "1,1"} if child in STAGED else {}
     own |= {"sparsity": "0.5,0"} if child == "supersparse" else {}
+    own |= {"calls": "2"} if child == "supersample" else {}
     for name, value in {"out": "two", **own}.items():
         options += f" --{name.replace('_', '-')} {value}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -1,17 +1,23 @@
 """The samplers, against diffusers and closed forms, and other scripts' checkpoints."""
 
+import csv
 import importlib
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers import DPMSolverMultistepScheduler as DPMSolver
 from diffusers import HeunDiscreteScheduler as HeunScheduler
+from PIL import Image
+from sklearn.decomposition import PCA
 from test_diffusion import Fixed, peer, wave
 from test_family import train
+from test_train import state
 
 import superminddpm as base
 import supersample
@@ -169,13 +175,20 @@ def test_the_last_step_of_ddpm_adds_no_noise():
     assert not torch.equal(*noisy)
 
 
-def test_ddpm_with_all_calls_is_the_base():
-    """The betas of the table and those of neighbouring abar differ by rounding."""
+def test_ddpm_with_all_calls_is_the_base_bit_for_bit():
+    own, old = DDPM(Fixed(wave), 100), base.DDPM(Fixed(wave), 100)
+    xt = noise(4, 1, 4, 4)
+    g, h = (torch.Generator().manual_seed(1) for _ in range(2))
+    mine = own.sample(xt.shape, 100, "ddpm", generator=g, xt=xt)
+    assert torch.equal(mine, old.sample(xt.shape, 1, "ddpm", generator=h, xt=xt))
+
+
+def test_ddpm_with_the_beta_between_neighbours_is_the_base_up_to_rounding():
     own, old = DDPM(Fixed(wave), 1000), base.DDPM(Fixed(wave), 1000)
     xt = noise(4, 1, 4, 4)
     for t in (1000, 600, 40):
         t = torch.full((4,), t)
-        mine = Solver(own, "ddpm", 1000, torch.Generator().manual_seed(1))
+        mine = Solver(own, "ddpm", 10, torch.Generator().manual_seed(1))
         want = old.p_sample(xt, t, torch.Generator().manual_seed(1))
         torch.testing.assert_close(mine.step(xt, t, t - 1), want, atol=1e-4, rtol=0)
 
@@ -365,50 +378,106 @@ def test_every_option_changes_the_images_and_one_seed_repeats_them(checkpoint):
     assert len(set(grids)) == len(CHOICES)
 
 
-@pytest.mark.parametrize(
-    ("script", "options"),
-    [
-        ("superminddpm", {}),
-        ("supersample", {}),
-        ("supercurriculum", {}),
-        ("superreg", {}),
-        ("supersparse", {"sparsity": "0.8,0.5,0.5"}),
-        ("supersparse", {"sparsity": "0.8,0.5,0.5", "mask_at": "seed"}),
-    ],
-)
+OTHERS = [(path.stem, {}) for path in sorted(ROOT.glob("super*.py"))]
+OTHERS += [
+    ("supersparse", {"sparsity": "0.8,0.5,0.5"}),
+    ("supersparse", {"sparsity": "0.8,0.5,0.5", "mask_at": "seed"}),
+    ("superobjective", {"objective": "x0", "schedule": "sigmoid"}),
+    ("superobjective", {"objective": "eps", "schedule": "dns"}),
+    ("superarch", {"arch": "attention"}),
+    ("superarch", {"arch": "naive", "T": 200}),
+]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    for script, _ in OTHERS:
+        module = importlib.import_module(script)
+        for name in "plot_history plot_mask plot_norms class_grid compare".split():
+            monkeypatch.setattr(module, name, lambda *_: "", raising=False)
+
+
+@pytest.mark.parametrize(("script", "options"), OTHERS)
 def test_a_checkpoint_of_any_script_draws_what_that_script_draws(
-    monkeypatch, script, options
+    no_pictures, script, options
 ):
     module = importlib.import_module(script)
-    for name in ("plot_history", "plot_mask", "plot_norms"):
-        monkeypatch.setattr(module, name, lambda *_: None, raising=False)
     train(script, "run", steps=5, **options)
     shake("run/last.pt")
-    if script == "supersparse":
-        mask = module.load("run/last.pt").net.channel_mask
-        assert 0 < mask.sum() < len(mask)
-    xt = noise(3, 1, 8, 8)
     for ema in (True, False):
-        want = module.load("run/last.pt", ema).sample(xt.shape, 5, xt=xt)
+        theirs = module.load("run/last.pt", ema)
+        xt = noise(3, *theirs.shape)
+        want = theirs.sample(xt.shape, 5, xt=xt)
         ours = supersample.load("run/last.pt", ema)
         found = ours.sample(xt.shape, 5, xt=xt)
-        torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
-        assert found.std() > 0.01
+        assert torch.equal(found, want) and found.std() > 0.01
+    drawn = [ours.sample(xt.shape, 5, name, xt=xt) for name in ("heun", "dpmpp")]
+    assert not torch.equal(*drawn) and not torch.equal(drawn[1], found)
     command = "--sample run/last.pt --n-samples 2 --sampling-steps 3 --quiet"
-    assert main(f"{command} --sampler heun") == 0
+    assert main(f"{command} --sampler dpmpp") == 0
     assert Path("run/samples/000001.png").exists()
 
 
+class Clips:
+    """What a script of clips has beside load: correlated noise, channels of a frame."""
+
+    @staticmethod
+    def correlate(z, channels, correlation):
+        return z[:, :channels].repeat(1, z.shape[1] // channels, 1, 1) * correlation
+
+
+def test_noise_and_files_of_clips_are_those_of_their_script():
+    """Start, ddim, ddpm and the base's ddpm: all noise goes through correlate."""
+    model = base.DDPM(Fixed(wave), 100)
+    model.channels, model.correlation = 1, 1.0
+    ddpm = DDPM(supersample.Guest(Clips, model), 100)
+    for options in ((6, "ddim", 0.0), (6, "ddim", 1.0), (6, "ddpm"), (100, "ddpm")):
+        clips = ddpm.sample((2, 3, 4, 4), *options)
+        assert torch.equal(clips, clips[:, :1].expand_as(clips)), options
+    clips = torch.arange(2.0 * 6 * 4 * 4).view(2, 6, 4, 4)
+    model.channels = 2
+    strips = supersample.as_strips(ddpm.net, clips)
+    assert strips.shape == (2, 2, 4, 12)
+    for k in range(3):
+        assert torch.equal(strips[..., 4 * k : 4 * k + 4], clips[:, 2 * k : 2 * k + 2])
+    assert torch.equal(supersample.as_strips(None, clips), clips)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+def test_labels_ask_the_network_of_superguide(no_pictures, sampler):
+    """Image i gets the i-th label, in turn; so do the batches after the first."""
+    superguide = importlib.import_module("superguide")
+    train("superguide", "run", steps=3)
+    shake("run/last.pt")
+    line = f"--sample run/last.pt --n-samples 3 --batch 2 --sampler {sampler} --quiet"
+    assert main(f"{line} --sampling-steps 4 --out own --labels 7,2 --guidance 2") == 0
+    ours = supersample.load("run/last.pt")
+    xt = torch.stack(
+        [torch.randn(ours.shape, generator=base.rng("cpu", 0, i, 4)) for i in range(3)]
+    )
+    for labels, same in (([7, 2, 7], True), ([2, 7, 2], False), (None, False)):
+        superguide.ask(ours.net.model, labels, 2.0)
+        want = ((ours.sample(xt.shape, 4, sampler, xt=xt) + 1) * 127.5).round()
+        found = [np.asarray(Image.open(f"own/{i:06}.png")) for i in range(3)]
+        far = np.abs(np.stack(found) - want[:, 0].numpy()).max((1, 2))
+        assert (far <= 1).all() if same else (far > 1).any()
+    assert main(f"{line} --out eleven --labels 10") == 2
+    assert main(f"{line} --out words --labels seven") == 2
+
+
 def spoil(path, **changes):
-    state = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True)
     for name, value in changes.items():
         if name == "net":
-            state["net"], state["ema"] = value(state["net"]), value(state["ema"])
+            content["net"], content["ema"] = (
+                value(content["net"]),
+                value(content["ema"]),
+            )
         elif name == "options":
-            state["config"] |= value
+            content["config"] |= value
         else:
-            state[name] = value
-    torch.save(state, path)
+            content[name] = value
+    torch.save(content, path)
 
 
 REFUSED = {
@@ -421,18 +490,22 @@ REFUSED = {
         'is from another model: Unexpected key(s) in state_dict: "net.label.weight"',
     ),
     "a layer less": (
-        {"net": lambda net: {k: v for k, v in net.items() if "up2.conv1" not in k}},
-        'is from another model: Missing key(s) in state_dict: "net.up2.conv1.weight"',
+        {"net": lambda net: {k: net[k] for k in net if k != "net.out.bias"}},
+        'is from another model: Missing key(s) in state_dict: "net.out.bias"',
     ),
-    "another objective": (
-        {"script": "superobjective", "options": {"objective": "v"}},
-        "is from another model: it has --objective v",
+    "no script of ours": (
+        {"script": "elsewhere"},
+        "was written by elsewhere.py, which is not beside supersample.py",
     ),
-    "another network": (
-        {"script": "superarch", "options": {"arch": "film"}},
-        "is from another model: it has --arch film",
+    "no name of a script": (
+        {"script": "tests/conftest"},
+        "was written by tests/conftest.py, which is not beside supersample.py",
     ),
-    "no checkpoint": ({"config": 3}, "is no checkpoint, or cut short"),
+    "another script's name": (
+        {"script": "superguide"},
+        'is from another model: Missing key(s) in state_dict: "net.classes.weight"',
+    ),
+    "an option gone bad": ({"config": 3}, "is no checkpoint, or cut short"),
 }
 
 
@@ -447,16 +520,95 @@ def test_a_foreign_checkpoint_is_refused_with_what_differs(checkpoint, capsys, k
     assert sorted(Path().rglob("*")) == before
 
 
+def test_broken_and_missing_files_are_refused_in_a_line(capsys):
+    Path("noise.pt").write_bytes(b"noise")
+    for name, words in (("noise.pt", "is no checkpoint"), ("none.pt", "there is no")):
+        assert main(f"--sample {name}") == 2
+        told = capsys.readouterr().err
+        assert words in told and name in told and told.count("\n") == 1
+
+
+def test_labels_are_refused_where_there_are_none(checkpoint, capsys):
+    for path in (checkpoint, "own/last.pt"):
+        if path != checkpoint:
+            train("supersample", "own", steps=1)
+        assert main(f"--sample {path} --labels 3 --quiet --out pictures") == 2
+        assert f"{path} knows no labels" in capsys.readouterr().err
+        assert not [*Path("pictures").glob("*.png")]
+
+
 def test_only_own_checkpoints_are_gone_on_with(checkpoint, capsys):
     before = checkpoint.read_bytes()
     assert main(f"--resume {checkpoint} --steps 9 --quiet") == 2
     told = capsys.readouterr().err
-    assert re.search(r"written by superminddpm.py: supersample.py can only", told)
+    assert "was written by superminddpm.py, not supersample.py" in told
     assert told.count("\n") == 1 and checkpoint.read_bytes() == before
 
 
-def test_impossible_samplers_are_refused(capsys):
-    assert main("--sampler euler") == 2
-    assert main("--spacing log --sampler ddim") == 2
-    assert main("--variance learned") == 2
-    assert main("--sampling-steps 0") == 2
+def test_delete_keys_leaves_weights_of_another_script_out(checkpoint):
+    """SPEC B5: the rest is taken, whoever wrote it."""
+    options = "--n-feat 8 --n-train 64 --batch 32 --steps 1 --lr 0 --calls= --quiet"
+    assert main(f"--init {checkpoint} --delete-keys out,up3 --out new {options}") == 0
+    old, new = state("run")["ema"], state("new")["net"]
+    kept = {k for k in old if k.startswith("net.") and torch.equal(old[k], new[k])}
+    left = {k for k in old if k.startswith(("net.out.", "net.up3."))}
+    assert left and not kept & left and len(kept | left) == len(old) - 3
+
+
+# ---- the comparison at the end of a run ----------------------------------------------
+
+
+def test_a_run_ends_with_a_table_and_a_picture_of_all_samplers():
+    """The scores, computed anew with scikit-learn's PCA and numpy."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    train("supersample", "run", steps=5, calls="3,2", seed=4)
+    with open("run/samplers.csv") as f:
+        rows = list(csv.DictReader(f))
+    asked = [(name, calls) for name in supersample.SAMPLERS for calls in "32"]
+    assert [(row["sampler"], row["calls"]) for row in rows] == asked
+    assert Image.open("run/samplers.png").size == (460, 560)
+    images, _, held, _ = base.load_images(base.Config(n_train=160))
+    real, held = (x.flatten(1) / 127.5 - 1 for x in (images, held[:256]))
+    pca = PCA(16, svd_solver="full").fit(real)
+    floor = quality.frechet(pca.transform(held), pca.transform(real))
+    ddpm = supersample.load("run/last.pt")
+    xt = torch.randn(256, 1, 8, 8, generator=base.rng("cpu", 4, 11))
+    for row in rows:
+        calls, g = int(row["calls"]), base.rng("cpu", 4, int(row["calls"]), 11)
+        x0 = ddpm.sample(xt.shape, calls, row["sampler"], generator=g, xt=xt)
+        far = quality.frechet(pca.transform(x0.flatten(1)), pca.transform(real))
+        assert float(row["score"]) == pytest.approx(far / floor, rel=1e-3)
+
+
+def test_the_comparison_can_be_left_out_and_knows_when_it_cannot_be_made():
+    ddpm = train("supersample", "run", steps=1, calls="")
+    assert not [*Path("run").glob("samplers*")]
+    images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    cfg = supersample.Config()
+    line = supersample.compare(ddpm, cfg, images, images[:31], Path("run"))
+    assert line.startswith("too few") and not [*Path("run").glob("samplers*")]
+
+
+def test_the_comparison_samples_as_asked():
+    """Spacing, variance and clipping change the table; one seed repeats it."""
+    tables = []
+    for k, own in enumerate(
+        ({}, {}, {"spacing": "linear"}, {"variance": "beta-tilde"})
+    ):
+        train("supersample", f"{k}", steps=1, calls="3", **own)
+        tables.append(Path(f"{k}/samplers.csv").read_text().splitlines()[1:])
+    assert tables[0] == tables[1]
+    assert all(a != b for a, b in zip(tables[0], tables[2], strict=True))
+    differ = [a != b for a, b in zip(tables[0], tables[3], strict=True)]
+    assert differ == [True, False, False, False]
+
+
+def test_impossible_options_are_refused(capsys):
+    for line in (
+        *("--sampler euler", "--spacing log", "--variance learned"),
+        *("--sampling-steps 0", "--calls five", "--calls 5,-1", "--labels 1.5"),
+        *("--calls 0,5", "--guidance -1"),
+    ):
+        assert main(f"{line} --quiet") == 2, line
+    assert not Path("runs").exists()
