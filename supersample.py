@@ -629,7 +629,8 @@ def compare(ddpm, cfg, images, held, out):
             x0 = ddpm.sample(xt.shape, k, sampler, generator=g, xt=xt)
             score = frechet(x0.flatten(1) @ axes, real @ axes) / floor
             rows.append({"sampler": sampler, "calls": k, "score": score})
-            tiles = x0[:8].unflatten(0, (2, 4)).permute(0, 3, 1, 4, 2)
+            tiles = F.pad(x0[:8], (1, 1, 1, 1), value=1)
+            tiles = tiles.unflatten(0, (2, 4)).permute(0, 3, 1, 4, 2)
             tiles = (tiles.flatten(0, 1).flatten(1, 2).cpu() + 1) / 2
             cell.imshow(tiles, cmap="gray", vmin=0, vmax=1)
             cell.set(title=f"{k} calls: {score:.2f}", xticks=[], yticks=[])
