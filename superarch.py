@@ -1,4 +1,4 @@
-"""Architectures: the network is a plug, and everything round it stays as it is.
+"""Architectures: draft
 
 This is superminddpm.py plus lines that are marked `# + arch`; to read the idea, run
 `diff superminddpm.py superarch.py`. A network for diffusion takes x_t and t and returns
@@ -73,11 +73,17 @@ RECIPES = {
     "celeba": (32, 32, 80, 256, 1e-3, 0.9995, 1, 10),
     "folder": (32, 32, 100, 64, 1e-3, 0.999, 5, 20),
 }
-# Multipliers of n-feat, blocks a level, levels that attend; None: no levels.  # + arch
-ARCHS = {"base": None, "naive": None, "resnet": ((1,), 6, ())}  # + arch
-ARCHS |= {"small": ((1, 2), 1, ()), "big": ((1, 2, 4), 3, ())}  # + arch
-ARCHS |= {"custom": ((1, 2, 2), 2, ()), "film": ((2, 4, 6), 1, ())}  # + arch
-ARCHS |= {"attention": ((1, 2, 2, 2), 2, (1, 2))}  # + arch
+# Width of each level in n-feat, blocks a level, levels that attend, dropout.  # + arch
+ARCHS = {  # + arch
+    "base": None,  # + arch
+    "naive": None,  # + arch
+    "small": ((1, 2), 1, (), 0.0),  # + arch
+    "big": ((1, 2, 4), 3, (), 0.0),  # + arch
+    "custom": ((1, 2, 2), 2, (), 0.0),  # + arch
+    "film": ((2, 4, 6), 1, (), 0.0),  # + arch
+    "attention": ((1, 2, 2, 2), 2, (1, 2), 0.01),  # + arch
+    "resnet": ((1,), 6, (), 0.0),  # + arch
+}  # + arch
 
 
 @dataclass(frozen=True)
@@ -117,16 +123,18 @@ class Config:
     sampling_steps: int = 50  # with --sample: network calls of ddim
     eta: float = 0.0  # with --sample: fresh noise of ddim, 0 (none) to 1 (like ddpm)
     ema: bool = True  # with --sample: averaged weights rather than raw ones
-    arch: Literal[tuple(ARCHS)] = "base"  # + arch
-    """the network; see the text above"""  # + arch
+    arch: Literal[tuple(ARCHS)] = "film"  # + arch
+    """the network; the text above says what each is"""  # + arch
+    widths: str = ""  # + arch
+    """channels of each level, as in 16,32,64 (empty: --mults in --n-feat)"""  # + arch
     mults: str = ""  # + arch
-    """widths of the levels in n-feat, as in 1,2,2 (empty: those of --arch)"""  # + arch
+    """the same in n-feat, as in 1,2,2 (empty: as --arch has it)"""  # + arch
     blocks: int = 0  # + arch
     """residual blocks a level (0: as --arch has it)"""  # + arch
     attend: str = ""  # + arch
-    """levels with attention; 0 is the full size (empty: those of --arch)"""  # + arch
-    dropout: float = 0.01  # + arch
-    """share of activations that --arch attention drops"""  # + arch
+    """levels that attend, 0 is full size; or none (empty: as --arch has)"""  # + arch
+    dropout: float = None  # + arch
+    """share of activations that training drops (None: as --arch has it)"""  # + arch
 
     def __post_init__(self):
         for name, value in zip(RECIPE, RECIPES[self.data], strict=True):
@@ -141,7 +149,7 @@ class Config:
             raise ValueError("--image-size is 8, 12, 16 ..., --n-feat is 8, 16, 24 ...")
         if self.T < 25 or self.ema_decay >= 1 or self.eta > 1:
             raise ValueError("--T is 25 or more, --ema-decay below 1, --eta at most 1")
-        shape_of(self)  # + arch
+        plan(self)  # + arch
 
 
 # ---- 2. Data -----------------------------------------------------------------------
@@ -429,47 +437,51 @@ class DDPM(nn.Module):
 
 
 # ---- Idea: arch --------------------------------------------------------------------
-def shape_of(cfg):
-    """Return multipliers, blocks and attention levels of cfg, or None without levels.
-
-    Raises ValueError where the options do not fit the network.
-    """
-    asked = bool(cfg.mults or cfg.blocks or cfg.attend)
-    if ARCHS[cfg.arch] is None or cfg.arch == "resnet" and (cfg.mults or cfg.attend):
-        if asked:
-            what = "--mults, --blocks and --attend"
-            raise ValueError(f"{what} do not all fit --arch {cfg.arch}")
-        return None
-    mults, blocks, attend = ARCHS[cfg.arch]
+def integers(text, default):
+    """Return the numbers of a text like 1,2,2, or default if it is empty."""
     try:
-        mults = tuple(int(x) for x in cfg.mults.split(",")) if cfg.mults else mults
-        attend = tuple(k for k in attend if k < len(mults))
-        attend = tuple(int(x) for x in cfg.attend.split(",")) if cfg.attend else attend
+        return [int(x) for x in text.split(",")] if text else [*default]
     except ValueError:
-        raise ValueError("--mults and --attend want numbers like 1,2,2") from None
-    if min(mults) < 1 or cfg.image_size < 2 ** (len(mults) - 1):
-        raise ValueError("--mults is 1 or more each, a level for each halving at most")
-    if not {-1, *attend} <= {-1, *range(len(mults))} or cfg.dropout >= 1:
-        raise ValueError(f"--attend is 0 to {len(mults) - 1}, --dropout below 1")
-    return mults, cfg.blocks or blocks, attend
+        raise ValueError(f"{text} is no list of numbers like 1,2,2") from None
 
 
-def design(cfg, channels):
-    """Return the network that --arch names, for images of so many channels."""
-    if cfg.arch == "naive":
-        return NaiveUNet(channels, cfg.n_feat, cfg.T)
-    dropout = cfg.dropout if cfg.arch == "attention" else 0
-    return Levels(channels, cfg.n_feat, *shape_of(cfg), dropout)
+def plan(cfg):
+    """Return widths, blocks a level, levels that attend and dropout; None: no levels.
 
-
-def fit(x, like):
-    """Return x, stretched or shrunk to the height and width of like if they differ."""
-    size = like.shape[2:]
-    return x if x.shape[2:] == size else F.interpolate(x, size)
+    ValueError: an option that does not fit --arch or --image-size.
+    """
+    if ARCHS[cfg.arch] is None:
+        texts = (cfg.widths, cfg.mults, cfg.blocks, cfg.attend)
+        if any(texts) or cfg.dropout is not None:
+            what = "--widths, --mults, --blocks, --attend or --dropout"
+            raise ValueError(f"--arch {cfg.arch} takes no {what}")
+        return None
+    mults, blocks, attend, dropout = ARCHS[cfg.arch]
+    widths = [m * cfg.n_feat for m in integers(cfg.mults, mults)]
+    widths = integers(cfg.widths, widths)
+    levels = range(len(widths))
+    attend = [k for k in attend if k in levels]
+    attend = [] if cfg.attend == "none" else integers(cfg.attend, attend)
+    dropout = dropout if cfg.dropout is None else cfg.dropout
+    if cfg.widths and cfg.mults:
+        raise ValueError("--widths and --mults say the same: give one of them")
+    if any(c < 8 or c % 8 for c in widths):
+        raise ValueError("--widths are 8, 16, 24 ..., --mults 1, 2, 3 ...")
+    if cfg.arch == "resnet" and len(levels) > 1:
+        raise ValueError("--arch resnet has one level")
+    if cfg.image_size < 2 ** levels[-1]:
+        most = cfg.image_size.bit_length()
+        raise ValueError(f"--image-size {cfg.image_size} has {most} levels at most")
+    if not set(attend) <= set(levels) or dropout >= 1:
+        raise ValueError(f"--attend is 0 to {levels[-1]} or none, --dropout below 1")
+    return widths, cfg.blocks or blocks, attend, dropout
 
 
 class Attention(nn.Module):
-    """Let every pixel look at every other one: softmax(q k / sqrt(d)) v, and add it."""
+    """Each pixel asks all others, and adds what they say: softmax(q k / sqrt(d)) v.
+
+    x: (B, c, H, W), where 8 divides c; d = c / heads. It starts as the identity.
+    """
 
     def __init__(self, c, heads=4):
         super().__init__()
@@ -479,11 +491,10 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        b, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, -1)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, pixels, c / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(-1, -2).reshape(b, c, height, width))
+        qkv = self.qkv(self.norm(x)).flatten(2)  # (B, 3 c, pixels)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).mT.unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, pixels, d)
+        return x + self.out(h.mT.reshape(x.shape))
 
 
 class Level(nn.Module):
@@ -506,86 +517,99 @@ class Level(nn.Module):
 
 
 class Levels(nn.Module):
-    """A UNet of any depth and width; with one level a ResNet.
+    """A UNet of so many levels as widths, each half as large; with one it is a ResNet.
 
-    mults: width of each level over n; attend: levels, 0 the full size, with attention.
+    net(xt, t) as UNet, for every size S of at least 2^(levels - 1). widths: channels of
+    each level; attend: which of them have attention, where 0 is the full size.
     """
 
-    def __init__(self, channels, n, mults, blocks, attend=(), dropout=0):
+    def __init__(self, channels, n_feat, widths, blocks, attend, dropout):
         super().__init__()
-        c_time, c = 4 * n, n * mults[0]
+        n, c_time, c = n_feat, 4 * n_feat, widths[0]
         self.time1, self.time2 = nn.Linear(2 * n, c_time), nn.Linear(c_time, c_time)
         self.init = nn.Conv2d(channels, c, 3, padding=1)
         self.down, self.halve, self.up = (nn.ModuleList() for _ in range(3))
-        for k, m in enumerate(mults):
+        for k, width in enumerate(widths):
             if k:
                 self.halve.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-            both = (c_time, blocks, k in attend, dropout)
-            self.down.append(Level(c, n * m, *both))
-            c = n * m
-        for k, m in reversed([*enumerate(mults)][:-1]):
-            both = (c_time, blocks, k in attend, dropout)
-            self.up.append(Level(c + n * m, n * m, *both))
-            c = n * m
+            self.down.append(Level(c, width, c_time, blocks, k in attend, dropout))
+            c = width
+        for k, width in reversed([*enumerate(widths[:-1])]):
+            level = Level(c + width, width, c_time, blocks, k in attend, dropout)
+            self.up.append(level)
+            c = width
         self.norm, self.out = nn.GroupNorm(8, c), nn.Conv2d(c, channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, t):
         half = self.time1.in_features // 2
-        angle = t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)
+        freq = 10000 ** (-torch.arange(half, device=t.device) / half)
+        angle = t[:, None] * freq
         temb = F.silu(self.time1(torch.cat([angle.sin(), angle.cos()], dim=1)))
         temb = F.silu(self.time2(temb))
         h, skips = self.down[0](self.init(xt), temb), []
         for halve, down in zip(self.halve, self.down[1:], strict=True):
             skips.append(h)
-            h = down(halve(h), temb)
+            h = down(halve(h), temb)  # (B, width, S/2, S/2), and so on
         for up in self.up:
             skip = skips.pop()
-            h = up(torch.cat([fit(h, skip), skip], dim=1), temb)
+            h = F.interpolate(h, skip.shape[2:])
+            h = up(torch.cat([h, skip], dim=1), temb)
         return self.out(F.silu(self.norm(h)))
 
 
 def triple(c_in, c_out):
     """Return conv, GroupNorm, ReLU, three times."""
-    widths, layers = (c_in, c_out, c_out), []
-    for c in widths:
+    layers = []
+    for c in (c_in, c_out, c_out):
         layers += [nn.Conv2d(c, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
-class NaiveUNet(nn.Module):
-    """The UNet of minDiffusion: its time is a sine, and enters at vec and after up1."""
+def widen(c_in, c_out):
+    """Return what doubles the size of a map: transposed conv, and six convs."""
+    double = nn.ConvTranspose2d(c_in, c_out, 2, stride=2)
+    return nn.Sequential(double, triple(c_out, c_out), triple(c_out, c_out))
 
-    def __init__(self, channels, n, T):
+
+class NaiveUNet(nn.Module):
+    """The NaiveUnet of minDiffusion; its weights come in the same order.
+
+    net(xt, t) as UNet. Where 32 does not divide S, a map of odd size is rounded up when
+    it is halved, and what sticks out on the way up is cut off.
+    """
+
+    def __init__(self, channels, n_feat, T):
         super().__init__()
-        self.T = T
-        self.init = triple(channels, n)
-        self.down1, self.down2 = triple(n, n), triple(n, 2 * n)
-        self.down3 = triple(2 * n, 2 * n)
+        n, self.T = n_feat, T
+        self.init, self.down1 = triple(channels, n), triple(n, n)
+        self.down2, self.down3 = triple(n, 2 * n), triple(2 * n, 2 * n)
         self.time1 = nn.Linear(1, 2 * n, bias=False)
         self.time2 = nn.Linear(2 * n, 2 * n)
-        wide = nn.ConvTranspose2d(2 * n, 2 * n, 4, stride=4)
-        self.up0 = nn.Sequential(wide, nn.GroupNorm(8, 2 * n), nn.ReLU())
-        for k, (c_in, c_out) in enumerate(((4, 2), (4, 1), (2, 1)), 1):
-            wide = nn.ConvTranspose2d(c_in * n, c_out * n, 2, stride=2)
-            convs = triple(c_out * n, c_out * n), triple(c_out * n, c_out * n)
-            setattr(self, f"up{k}", nn.Sequential(wide, *convs))
-        self.out = nn.Conv2d(2 * n, channels, 3, padding=1)
+        grow = nn.ConvTranspose2d(2 * n, 2 * n, 4, stride=4)
+        self.up0 = nn.Sequential(grow, nn.GroupNorm(8, 2 * n), nn.ReLU())
+        self.up1 = widen(2 * n + 2 * n, 2 * n)
+        self.up2 = widen(2 * n + 2 * n, n)
+        self.up3 = widen(n + n, n)
+        self.out = nn.Conv2d(n + n, channels, 3, padding=1)
 
     def forward(self, xt, t):
+        def join(h, skip):
+            return torch.cat([h[..., : skip.shape[2], : skip.shape[3]], skip], dim=1)
+
         first = self.init[:3](xt)
         first = (first + self.init[3:](first)) / 1.414
         d1 = F.max_pool2d(self.down1(first), 2, ceil_mode=True)  # (B, n, S/2, S/2)
         d2 = F.max_pool2d(self.down2(d1), 2, ceil_mode=True)  # (B, 2n, S/4, S/4)
         d3 = F.max_pool2d(self.down3(d2), 2, ceil_mode=True)  # (B, 2n, S/8, S/8)
-        vec = F.gelu(d3.mean((2, 3), keepdim=True))
+        vec = F.avg_pool2d(d3, 4, ceil_mode=True)  # >= 0, so a ReLU here would be idle
         temb = self.time2(self.time1(t[:, None] / self.T).sin())[:, :, None, None]
-        h = fit(self.up0(vec + temb), d3)
-        h = self.up1(torch.cat([h, d3], dim=1)) + temb
-        h = self.up2(torch.cat([fit(h, d2), d2], dim=1))
-        h = self.up3(torch.cat([fit(h, d1), d1], dim=1))
-        return self.out(torch.cat([fit(h, first), first], dim=1))
+        h = self.up0(vec + temb)
+        h = self.up1(join(h, d3)) + temb
+        h = self.up2(join(h, d2))
+        h = self.up3(join(h, d1))
+        return self.out(join(h, first))
 
 
 # ---- 5. Training -------------------------------------------------------------------
@@ -627,8 +651,10 @@ def build(cfg, shape):
     """Return a new DDPM, as cfg asks for it, for images of shape (C, S, S)."""
     fast = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     net = UNet(shape[0], cfg.n_feat)
-    if cfg.arch != "base":  # + arch
-        net = design(cfg, shape[0])  # + arch
+    if cfg.arch == "naive":  # + arch
+        net = NaiveUNet(shape[0], cfg.n_feat, cfg.T)  # + arch
+    elif cfg.arch != "base":  # + arch
+        net = Levels(shape[0], cfg.n_feat, *plan(cfg))  # + arch
     ddpm = DDPM(net, cfg.T, bf16=cfg.bf16 and fast)
     ddpm.shape = tuple(shape)
     return ddpm
@@ -867,9 +893,8 @@ def train(cfg):
         if cfg.data in ("cifar10", "celeba"):
             x0 = torch.where(mirror, x0.flip(-1), x0)
 
-        if cfg.arch == "attention" and cfg.dropout:  # + arch
-            dice = rng("cpu", cfg.seed, step, rank, 10)  # + arch
-            torch.manual_seed(dice.initial_seed())  # + arch
+        dice = rng("cpu", cfg.seed, step, rank, 12)  # for dropout  # + arch
+        torch.manual_seed(dice.initial_seed())  # + arch
         loss = model(x0, t, eps)
         fresh.append(loss.detach())
         opt.zero_grad()
@@ -914,7 +939,7 @@ def train(cfg):
             plot_history(history, out / "loss_curves.png")
             g = rng("cpu", cfg.seed, 3)
             xt = torch.randn(32, *ddpm.shape, generator=g).to(device)
-            ddpm.eval()  # or dropout would spoil the grid  # + arch
+            ddpm.eval()  # pictures without dropout  # + arch
             rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
             rows.append(held[:16].to(device) / 127.5 - 1)
             ddpm.train()  # + arch
