@@ -1,32 +1,40 @@
-"""Architectures: draft
+"""Architectures: the network is a plug, and everything round it stays as it is.
 
 This is superminddpm.py plus lines that are marked `# + arch`; to read the idea, run
 `diff superminddpm.py superarch.py`. A network for diffusion takes x_t and t and returns
-an image like x_t; nothing else in the script knows more about it.
+an image like x_t; the rest of the script knows no more about it.
 
-    python superarch.py --arch attention                the same run, another network
+    python superarch.py                     film, on 8x8 digits: 78 s, loss 0.078
     torchrun --nproc_per_node=2 superarch.py --arch naive
-    python superarch.py --arch custom --mults 1,2,3 --blocks 2 --attend 2
-    python superarch.py                                 off: the base's weights
-    python benchmarks/archs.py                          size, time and loss of all
+    python superarch.py --data cifar10 --arch attention --n-feat 128
+    python superarch.py --arch custom --widths 16,48,64 --blocks 2 --attend 1
+    python superarch.py --arch base         off: the base's weights
+    python benchmarks/archs.py              size, time and loss of all of them
 
  - base: the UNet of superminddpm.py.
- - naive: the NaiveUnet of minDiffusion (github.com/cloneofsimo/minDiffusion), which the
-   curriculum and sparsity fork used: no residual UNet, t enters at two places only.
- - small, big, custom: residual UNets of any depth and width; `--mults`, `--blocks`.
- - film: every block hears t by scale and shift; about 2 M weights at --n-feat 32.
- - attention: as in DDPM (Ho, Jain and Abbeel 2020, arXiv:2006.11239), with attention at
-   the lower levels and dropout; --n-feat 128 is the usual width for 32x32.
- - resnet: residual blocks at full size, no down-sampling: what lies farther than a few
-   pixels away it cannot see.
+ - naive: the NaiveUnet of minDiffusion (github.com/cloneofsimo/minDiffusion), whose
+   weights fit in their order: at 32x32 it then answers the same, bit for bit. A sine of
+   t / T enters at two places, and only the first block is residual.
+ - small, big, custom: UNets of other depths; `--widths`, `--blocks` say which.
+ - film: one block a level, wide; every block hears t. 1,961,089 weights on MNIST.
+ - attention: as in DDPM (arXiv:2006.11239) and its successors, with attention at 16x16
+   and 8x8 and dropout. 128 channels are usual at 32x32.
+ - resnet: residual blocks at full size, no down-sampling. Each sees 2 pixels farther.
+
+Measured on the digits (benchmarks/archs.py: recipe of base, 825 steps, two seeds): film
+0.082, big, custom and attention 0.083, base 0.086, small 0.088, resnet 0.090, naive
+0.104. In the time that base takes for them: small 0.084, base and custom 0.086, resnet
+0.088, film and big 0.090, attention 0.095, naive 0.111. So it depends on what is held
+equal. Without its attention, attention is as good (0.084, seeds differ by 0.001).
 
 Different from the originals, and why:
- 1. All but naive share the base's block, with GroupNorm, SiLU and FiLM; a level has one
-    skip. So the table compares shapes, not recipes.
- 2. naive works for every size: where halves do not fit, the smaller map is stretched to
-    the skip's. At 32x32 nothing is stretched. It takes t / T and GELU after the pool.
- 3. Dropout draws from (seed, step, process), so that a run resumes exactly; but then N
-    processes drop other channels than one does.
+ 1. All but naive are made of the base's block: GroupNorm, SiLU and FiLM (Perez et al.
+    2018, arXiv:1709.07871), h (1 + gamma(t)) + beta(t). So they compare in shape only.
+ 2. A level has one skip, not one for each block, and there is no middle block.
+ 3. naive takes all sizes: odd maps are rounded up, and what sticks out is cut off. The
+    others take what can be halved once for each level but the first.
+ 4. Dropout draws from (seed, step, process): a run resumes bit for bit, but two
+    processes drop other channels than one.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -133,7 +141,7 @@ class Config:
     """residual blocks a level (0: as --arch has it)"""  # + arch
     attend: str = ""  # + arch
     """levels that attend, 0 is full size; or none (empty: as --arch has)"""  # + arch
-    dropout: float = None  # + arch
+    dropout: float | None = None  # + arch
     """share of activations that training drops (None: as --arch has it)"""  # + arch
 
     def __post_init__(self):
