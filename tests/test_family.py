@@ -22,6 +22,7 @@ PARENT = {
     "superguide": "superminddpm",
     "supersample": "superminddpm",
     "superarch": "superminddpm",
+    "supervideo": "superminddpm",
 }
 OFF = {  # the options that switch an idea off
     "supercurriculum": {"stages": "0", "epochs_per_stage": "1"},
@@ -31,6 +32,7 @@ OFF = {  # the options that switch an idea off
     "superguide": {"class_cond": False},
     "supersample": {},
     "superarch": {"arch": "base"},
+    "supervideo": {"seq_len": 1},
 }
 CHILDREN = sorted(PARENT)
 children = pytest.mark.parametrize("child", CHILDREN)
@@ -151,6 +153,8 @@ def small(script, out, steps=12, **changes):
         "epochs_per_stage": "4,4,4",
         "sparsity": "0.8,0.4,0",
         "calls": "2",
+        "seq_len": 2,
+        "canvas": 12,
     }
     known = config.__dataclass_fields__
     options |= {name: value for name, value in short.items() if name in known}
@@ -214,6 +218,8 @@ VARIANTS = [
     ("supersample", {}),
     ("superarch", {"arch": "naive"}),
     ("superarch", {"arch": "attention", "dropout": 0.2, "mults": "1,1"}),
+    ("supervideo", {"flow_weight": True}),
+    ("supervideo", {"noise": "shared", "temporal": False}),
 ]
 
 
@@ -282,6 +288,7 @@ def test_torchrun_gives_what_one_process_gives(child):
     own = {"stages": "0.5,0", "epochs_per_stage": "1,1"} if child in STAGED else {}
     own |= {"sparsity": "0.5,0"} if child == "supersparse" else {}
     own |= {"calls": "2"} if child == "supersample" else {}
+    own |= {"seq_len": 2, "canvas": 12} if child == "supervideo" else {}
     for name, value in {"out": "two", **own}.items():
         options += f" --{name.replace('_', '-')} {value}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
