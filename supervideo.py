@@ -1,4 +1,4 @@
-"""Video: clips whose frames share their noise, and layers that let frames hear each other.
+"""Video: frames that share their noise, and layers that let them hear one another.
 
 This is superminddpm.py plus lines that are marked `# + video`; to read the idea, run
 `diff superminddpm.py supervideo.py`. A clip is F frames under one t. The UNet sees them
@@ -13,18 +13,19 @@ the frames, behind four blocks of the UNet; their last layer starts at 0.
     python supervideo.py --sample runs/supervideo-digits/last.pt    strips, and a film
     python supervideo.py --data npz --data-dir clips.npz --seq-len 16
     python supervideo.py --data frames --data-dir films --flow-weight --motion-dir m
-    python supervideo.py --init runs/superminddpm-mnist/last.pt --data mnist --canvas 28
     python supervideo.py --seq-len 1              off: the base's data and weights
 
-Data, as uint8 (N, F C, S, S): images of any data set, set moving on a black ground; npz,
-a file with clips (N, F, H, W) or (N, F, H, W, 3); frames, a folder with a folder of
-images for each clip, in the order of their names. A clip longer than --seq-len gives
-several. A fifth of the clips is held out.
+A model of images is a start: --init runs/superminddpm-digits/last.pt.
+
+Data, as uint8 (N, F C, S, S): images of any data set, set moving on a black ground;
+npz, a file with clips (N, F, H, W) or (N, F, H, W, 3); frames, a folder with a folder
+of images for each clip, in the order of their names. A clip longer than --seq-len
+gives several. A fifth of the clips is held out.
 
 The penalty (--reg-weight 0.1): the mean squared difference of neighbouring frames'
-eps_hat - eps. With shared noise eps cancels, and it is the difference of the eps_hat; it
-is 0 where eps_hat is right, with any noise. --flow-weight weighs each pair of frames by
-1 / (1 + motion), motion in pixels from frame to frame: the generator's own, or CLIP.npy
+eps_hat - eps. With shared noise eps cancels, and it is the difference of the eps_hat;
+it is 0 where eps_hat is right, with any noise. --flow-weight weighs a pair of frames by
+1 / (1 + motion), motion in pixels a frame: the generator's own, or the file CLIP.npy
 in --motion-dir, (F - 1,) or (F - 1, H, W), named like the folder of the clip, or in an
 npz like its number, 000000.npy.
 
@@ -37,9 +38,9 @@ Mind:
     differences, and the clip stands still. Hence mixed is the default, and not shared.
  3. A run of 16 frames takes twice as long; the default is 8 for a minute on a CPU.
 
-Lineage: the video trainer of a modular minDiffusion, with three frames, shared noise and
-the penalty. Mixed noise: Ge et al. 2023, arXiv:2305.10474 (theirs is for fine-tuning).
-Zero-initialised temporal layers: Ho et al. 2022, arXiv:2204.03458, and followers.
+Lineage: shared noise and the penalty are from a modular fork of minDiffusion, without
+temporal layers. Mixed noise for video: Ge et al. 2023, arXiv:2305.10474. Layers over
+time behind the blocks of an image UNet: Ho et al. 2022, arXiv:2204.03458, by attention.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -88,7 +89,7 @@ RECIPES = {
 }
 CLIPS = ("npz", "frames")  # data sets of clips; all others are set moving  # + video
 RECIPES |= dict.fromkeys(CLIPS, (32, 32, 20, 16, 2e-3, 0.999, 1, 5))  # + video
-MOVING_DIGITS = (8, 16, 8, 8, 4e-3, 0.995, 4, 8)  # + video
+MOVING_DIGITS = (8, 16, 7, 8, 6e-3, 0.995, 7, 7)  # + video
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Config:
     seq_len: int = 8  # + video
     """frames of a clip (1: images, as in superminddpm.py)"""  # + video
     canvas: int = 0  # + video
-    """pixels a side of the ground they move on (0: twice --image-size)"""  # + video
-    speed: int = 2  # + video
+    """side of the ground they move on (0: half as much again)"""  # + video
+    speed: int = 1  # + video
     """highest speed of an image along each axis, in pixels a frame"""  # + video
     temporal: bool = True  # + video
     """layers that mix frames: what makes it video"""  # + video
@@ -487,7 +488,7 @@ def check_video(cfg):
         raise ValueError("--skip-bad-images would join frames that are no neighbours")
     if cfg.seq_len > 1 and not found:
         if not cfg.canvas:
-            object.__setattr__(cfg, "canvas", 2 * cfg.image_size)
+            object.__setattr__(cfg, "canvas", 3 * cfg.image_size // 8 * 4)
         if cfg.canvas <= cfg.image_size or cfg.canvas % 4 or cfg.speed < 1:
             wanted = "a multiple of 4 above --image-size"
             raise ValueError(f"--canvas is {wanted}, --speed is 1 or more")
