@@ -7,7 +7,7 @@ what the frames have in common: one eps (shared), an AR(1) process with `--corre
 between neighbours (mixed), nothing (independent). `--temporal` adds convolutions along
 the frames, behind four blocks of the UNet; their last layer starts at 0.
 
-    python supervideo.py                          digits that move: about a minute
+    python supervideo.py                          moving digits: one to two minutes
     torchrun --nproc_per_node=2 supervideo.py     the same on two processes
     python supervideo.py --no-temporal --noise shared       it cannot move
     python supervideo.py --sample runs/supervideo-digits/last.pt    strips, and a film
@@ -36,7 +36,10 @@ Mind:
  2. With temporal layers and shared noise the difference of two frames is free of noise
     at any t. The network reads the motion there in training; when it draws, x_T has no
     differences, and the clip stands still. Hence mixed is the default, and not shared.
- 3. A run of 16 frames takes twice as long; the default is 8 for a minute on a CPU.
+ 3. A run as short as the default teaches where things go, but not yet to keep their
+    shape: things move 0.95 pixels a frame (really 1.22), and neighbours match by 0.78;
+    frames of different digits match by 0.72, those of a real clip by 1.
+ 4. 16 frames are usual; the default is 8 of 12x12 pixels, so that a CPU will do.
 
 Lineage: shared noise and the penalty are from a modular fork of minDiffusion, without
 temporal layers. Mixed noise for video: Ge et al. 2023, arXiv:2305.10474. Layers over
