@@ -4,8 +4,8 @@
 
 Trains supervideo.py with its default recipe, one arm after the other: with temporal
 layers on mixed and on shared noise; without them on shared noise, also with a penalty
-100 times as strong; and the first arm once more, 3 times as long. From the averaged
-weights of each it draws 64 clips from one seed and measures
+100 times as strong. From the averaged weights of each it draws 64 clips from one seed
+and measures
 
  - pixels a frame: mean displacement between neighbours, by cross-correlation;
  - match: that correlation, 1 for one thing that moves;
@@ -42,7 +42,6 @@ ARMS = {
 }
 strong = ARMS["frame by frame, shared"] | {"reg_weight": 10.0}
 ARMS["frame by frame, shared, penalty 10"] = strong
-ARMS["temporal, mixed, 3 times as long"] = {"epochs": 21}
 
 
 def run(options):
