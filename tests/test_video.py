@@ -26,7 +26,7 @@ from supervideo import (
     train,
 )
 
-TINY = {"n_feat": 8, "n_train": 40, "batch": 4, "seq_len": 3, "canvas": 12}
+TINY = {"n_feat": 8, "n_train": 40, "batch": 4, "seq_len": 3, "canvas": 12, "speed": 2}
 TINY |= {"quiet": True, "sample_every": 100, "save_every": 100}
 
 
@@ -77,13 +77,13 @@ def test_points_bounce_as_a_ball_does_step_by_step():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_frame_is_the_image_pasted_where_the_point_is(channels):
-    cfg = Config(seq_len=5, canvas=16)
+    cfg = Config(seq_len=5, canvas=16, speed=2)
     g = rng("cpu", 2)
-    images = torch.randint(0, 256, (6, channels, 8, 8), generator=g, dtype=torch.uint8)
+    images = torch.randint(0, 256, (40, channels, 8, 8), generator=g, dtype=torch.uint8)
     clips, motion = set_moving(images, cfg, rng("cpu", 3))
-    at = bounce(6, 5, 8, 1, rng("cpu", 3)).tolist()
-    assert clips.shape == (6, 5 * channels, 16, 16) and clips.dtype == torch.uint8
-    for i in range(6):
+    at = bounce(40, 5, 8, 2, rng("cpu", 3)).tolist()
+    assert clips.shape == (40, 5 * channels, 16, 16) and clips.dtype == torch.uint8
+    for i in range(40):
         for f, (y, x) in enumerate(at[i]):
             frame = np.zeros((channels, 16, 16), np.uint8)
             frame[:, y : y + 8, x : x + 8] = images[i]
@@ -96,7 +96,7 @@ def test_each_frame_is_the_image_pasted_where_the_point_is(channels):
 
 def test_the_motion_of_real_clips_is_measured_exactly():
     """The generator knows the truth; so does numpy's roll, for any picture."""
-    clips, motion, held, _ = load_images(Config(n_train=200))
+    clips, motion, held, _ = load_images(Config(n_train=200, speed=2))
     assert clips.shape == (200, 8, 12, 12) and held.shape == (128, 8, 12, 12)
     shift, match = displacement(clips / 127.5 - 1, 1)
     assert torch.equal(shift.float().norm(dim=-1), motion)
@@ -349,7 +349,8 @@ def test_the_weights_of_a_step_belong_to_the_clips_of_that_step(monkeypatch, dat
     """What forward gets as weights fits the motion that is measured in its x0."""
     options = {"flow_weight": True, **TINY}
     if data == "npz":
-        clips, motion = load_images(Config(n_train=60, seq_len=3, canvas=12))[:2]
+        own = Config(n_train=60, seq_len=3, canvas=12, speed=2)
+        clips, motion = load_images(own)[:2]
         np.savez("moving.npz", clips=clips.numpy())
         Path("m").mkdir()
         for i, own in enumerate(motion.numpy()):
@@ -510,9 +511,14 @@ def test_a_run_and_its_samples_leave_strips_and_films(monkeypatch):
         film.seek(f)
         shown = np.asarray(film.convert("L"))[62:122:5, 0:60:5]
         assert np.abs(shown.astype(int) - clip[:, 12 * f : 12 * f + 12]).max() <= 1
-    main(f"{ask} --seq-len 6 --noise shared --out longer")
+    main(f"{ask} --seq-len 6 --noise independent --out longer")
     assert Image.open("longer/000000.png").size == (6 * 12, 12)
     assert Image.open("longer/grid.webp").n_frames == 6
+    main(f"{ask} --noise shared --out still")  # the layers of time are still near 0
+    frames = np.split(np.asarray(Image.open("still/000000.png")).astype(int), 3, axis=1)
+    assert max(np.abs(frame - frames[0]).max() for frame in frames) < 20
+    frames = np.split(clip.astype(int), 3, axis=1)
+    assert max(np.abs(frame - frames[0]).max() for frame in frames) > 50
 
 
 def test_strips_and_films_show_each_frame_once_in_order():
