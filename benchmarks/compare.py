@@ -33,6 +33,7 @@ import tyro
 from scipy.stats import t as student
 from tqdm.auto import tqdm
 
+MIN_SNR = {"objective": "eps", "schedule": "linear", "weighting": "min-snr"}
 ARMS = {
     "base": ("superminddpm", {}),
     "curriculum": ("supercurriculum", {}),
@@ -46,6 +47,7 @@ ARMS = {
     "curriculum in log-SNR": ("supercurriculum", {"stage_axis": "logsnr"}),
     "curriculum, soft": ("supercurriculum", {"soft": True}),
     "sparse, mask at seed": ("supersparse", {"mask_at": "seed"}),
+    "Min-SNR": ("superobjective", MIN_SNR),
 }
 
 PAIRS = (  # what else is compared: the first less the second

@@ -61,10 +61,27 @@ def test_ci_does_what_the_readme_says():
 
 
 def test_every_link_of_the_documents_leads_somewhere():
-    for name in ("README.md", "README_zh.md", "CONTRIBUTING.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "README_zh.md", "CONTRIBUTING.md", "tests/README.md"):
+        text, folder = (ROOT / name).read_text(encoding="utf-8"), (ROOT / name).parent
         for link in re.findall(r"\]\(([^)#]+)\)", text):
-            assert link.startswith("https://") or (ROOT / link).exists(), link
+            assert link.startswith("https://") or (folder / link).exists(), link
+
+
+def test_the_table_of_tests_names_tests_options_and_every_script():
+    text = (ROOT / "tests" / "README.md").read_text()
+    sources = (path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    there = set(re.findall(r"^def (test_\w+)", "".join(sources), re.M))
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [row.split("|")[1:-1] for row in rows if not row.startswith("| Promise")]
+    assert len(rows) >= 60
+    for promise, where, tests in rows:
+        named = set(re.findall(r"`(test_\w+)`", tests))
+        assert named and named <= there, (promise, named - there)
+        if script := SCRIPT.search(where):
+            options = importlib.import_module(script[1]).Config.__dataclass_fields__
+            said = {o.replace("-", "_") for o in re.findall(r"--([\w-]+)", where)}
+            assert said <= {*options, "help"}, (promise, said - {*options})
+    assert set(SCRIPT.findall(text)) == {path.stem for path in ROOT.glob("super*.py")}
 
 
 def test_every_requirement_has_a_lower_bound_and_a_reason():
