@@ -584,7 +584,7 @@ def ask_for(ddpm, cfg, ids):
     if max(labels) >= guest.script.CLASSES:
         raise ValueError(f"--labels is 0 to {guest.script.CLASSES - 1}")
     y = [labels[i % len(labels)] for i in ids]
-    guest.script.ask(guest.model, y, cfg.guidance)
+    guest.script.condition(guest.model, y, cfg.guidance)
 
 
 def own_noise(net, z):

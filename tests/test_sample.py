@@ -453,7 +453,7 @@ def test_labels_ask_the_network_of_superguide(sampler):
         [torch.randn(ours.shape, generator=base.rng("cpu", 0, i, 4)) for i in range(3)]
     )
     for labels, same in (([7, 2, 7], True), ([2, 7, 2], False), (None, False)):
-        superguide.ask(ours.net.model, labels, 2.0)
+        superguide.condition(ours.net.model, labels, 2.0)
         want = ((ours.sample(xt.shape, 4, sampler, xt=xt) + 1) * 127.5).round()
         found = [np.asarray(Image.open(f"own/{i:06}.png")) for i in range(3)]
         far = np.abs(np.stack(found) - want[:, 0].numpy()).max((1, 2))
