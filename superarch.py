@@ -4,7 +4,7 @@ This is superminddpm.py plus lines that are marked `# + arch`; to read the idea,
 `diff superminddpm.py superarch.py`. A network for diffusion takes x_t and t and returns
 an image like x_t; the rest of the script knows no more about it.
 
-    python superarch.py                     film, on 8x8 digits: 78 s, loss 0.078
+    python superarch.py                     film, 8x8 digits: a minute, loss 0.078
     torchrun --nproc_per_node=2 superarch.py --arch naive
     python superarch.py --data cifar10 --arch attention --n-feat 128
     python superarch.py --arch custom --widths 16,48,64 --blocks 2 --attend 1

@@ -7,7 +7,7 @@ what the frames have in common: one eps (shared), an AR(1) process with `--corre
 between neighbours (mixed), nothing (independent). `--temporal` adds convolutions along
 the frames, behind four blocks of the UNet; their last layer starts at 0.
 
-    python supervideo.py                          moving digits: one to two minutes
+    python supervideo.py                          moving digits: about a minute
     torchrun --nproc_per_node=2 supervideo.py     the same on two processes
     python supervideo.py --no-temporal --noise shared       it cannot move
     python supervideo.py --sample runs/supervideo-digits/last.pt    strips, and a film
@@ -39,9 +39,9 @@ Mind:
     noise), and they show no digits. Hence mixed is the default, and not shared.
  3. A run as short as the default teaches where things go, but not yet to keep their
     shape: things move 0.95 pixels a frame (really 1.22), and neighbours match by 0.78;
-    frames of different digits match by 0.72, those of a real clip by 1. Ten times as
-    long (--epochs 80): 1.15 pixels, 0.87, and over 8 frames a digit may still turn
-    into another.
+    frames of different digits match by 0.72, those of a real clip by 1. With
+    --epochs 80 instead of 7: 1.15 pixels, 0.87, and over 8 frames a digit may still
+    turn into another.
  4. 16 frames are usual; the default is 8 of 12x12 pixels, so that a CPU will do.
 
 Lineage: shared noise and the penalty are from a modular fork of minDiffusion, without
