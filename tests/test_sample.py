@@ -447,12 +447,12 @@ def test_labels_ask_the_network_of_superguide(sampler):
     """Image i gets the i-th label, in turn; so do the batches after the first."""
     superguide = short_run("superguide")
     line = f"--sample run/last.pt --n-samples 3 --batch 2 --sampler {sampler} --quiet"
-    assert main(f"{line} --sampling-steps 4 --out own --labels 7,2 --guidance 2") == 0
+    assert main(f"{line} --sampling-steps 4 --out own --labels 7,2,5 --guidance 2") == 0
     ours = supersample.load("run/last.pt")
     xt = torch.stack(
         [torch.randn(ours.shape, generator=base.rng("cpu", 0, i, 4)) for i in range(3)]
     )
-    for labels, same in (([7, 2, 7], True), ([2, 7, 2], False), (None, False)):
+    for labels, same in (([7, 2, 5], True), ([7, 2, 7], False), (None, False)):
         superguide.condition(ours.net.model, labels, 2.0)
         want = ((ours.sample(xt.shape, 4, sampler, xt=xt) + 1) * 127.5).round()
         found = [np.asarray(Image.open(f"own/{i:06}.png")) for i in range(3)]
