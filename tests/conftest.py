@@ -27,6 +27,17 @@ def alone(tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
 
+def command_line(script, line):
+    """Run main() of a script, a module, with a command line; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
+        try:
+            script.main()
+        except SystemExit as leave:
+            return leave.code
+    return 0
+
+
 def enter(rank, world, port, folder, target, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

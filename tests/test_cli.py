@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, start
+from conftest import ROOT, command_line, finish, start
 from PIL import Image
 
 import superminddpm as base
@@ -19,14 +19,7 @@ TINY = "--n-feat 8 --batch 32 --n-train 64 --steps 2 --quiet"
 
 
 def main(line):
-    """Run the script's main() with a command line; return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["superminddpm.py", *line.split()])
-        try:
-            base.main()
-        except SystemExit as leave:
-            return leave.code
-    return 0
+    return command_line(base, line)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command_line
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers import DPMSolverMultistepScheduler as DPMSolver
 from diffusers import HeunDiscreteScheduler as HeunScheduler
@@ -319,14 +319,7 @@ def test_ddim_as_the_base_does_it_is_the_base_bit_for_bit():
 
 
 def main(line):
-    """Run the script's main() with a command line; return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["supersample.py", *line.split()])
-        try:
-            supersample.main()
-        except SystemExit as leave:
-            return leave.code
-    return 0
+    return command_line(supersample, line)
 
 
 def pictures(folder):
