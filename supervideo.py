@@ -38,9 +38,9 @@ Mind:
     to read: 61 % of the drawn frames stay where the last one was (28 % with mixed
     noise), and they show no digits. Hence mixed is the default, and not shared.
  3. A run as short as the default teaches where things go, but not yet to keep their
-    shape: things move 0.95 pixels a frame (really 1.22), and neighbours match by 0.78;
-    frames of different digits match by 0.72, those of a real clip by 1. With
-    --epochs 80 instead of 7: 1.15 pixels, 0.87, and over 8 frames a digit may still
+    shape: things move 0.96 pixels a frame (really 1.22), and neighbours match by 0.78;
+    frames of different digits match by 0.70, those of a real clip by 1. With
+    --epochs 80 instead of 7: 1.14 pixels, 0.87, and over 8 frames a digit may still
     turn into another.
  4. 16 frames are usual; the default is 8 of 12x12 pixels, so that a CPU will do.
 

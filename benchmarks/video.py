@@ -8,7 +8,9 @@ layers on mixed and on shared noise; without them on shared noise, also with a p
 averaged weights of each it draws 64 clips from one seed and measures
 
  - pixels a frame: mean displacement between neighbours, by cross-correlation;
- - match: that correlation, 1 for one thing that moves;
+ - match: that correlation, 1 for one thing that moves; beside it that of strangers,
+   where each frame is one of another real clip;
+ - still: in how many cases a frame stays where the one before was;
  - steady: in how many cases a frame moves as the one before did, to the pixel;
  - the held-out loss (the noise of the arm), and the jitter of x0_hat at abar = 0.5 on
    64 real held-out clips: how much its error differs from frame to frame.
@@ -66,29 +68,31 @@ def jitter(ddpm, x0):
 
 
 def motion(clips):
-    """Return pixels a frame, match and steadiness of clips, as the docstring has it."""
+    """Return pixels a frame, match, still and steady of clips, as said above."""
     shift, match = supervideo.displacement(clips, 1)
     steady = (shift[:, 1:] == shift[:, :-1]).all(-1).float().mean()
-    return [x.item() for x in (shift.float().norm(dim=-1).mean(), match.mean(), steady)]
+    far = shift.float().norm(dim=-1)
+    values = (far.mean(), match.mean(), (far == 0).float().mean(), steady)
+    return "{:10.2f}{:8.2f}{:8.2f}{:8.2f}".format(*(x.item() for x in values))
 
 
 def main(steps: int = 0):
-    head = f"{'':36}{'loss':>8}{'jitter':>8}{'px/frame':>10}{'match':>8}{'steady':>8}"
+    head = f"{'':36}{'loss':>8}{'jitter':>8}{'px/frame':>10}"
+    head += f"{'match':>8}{'still':>8}{'steady':>8}"
     lines, kept = ["python benchmarks/video.py", "", head], {}
     held = supervideo.load_images(supervideo.Config())[2][:64] / 127.5 - 1
     kept["real"] = held
-    values = motion(held)
-    lines.append(f"{'real':36}{'':16}{values[0]:10.2f}{values[1]:8.2f}{values[2]:8.2f}")
+    lines.append(f"{'real':36}{'':16}{motion(held)}")
+    frames = [held[:, f : f + 1].roll(f, 0) for f in range(held.shape[1])]
+    lines.append(f"{'strangers':36}{'':16}{motion(torch.cat(frames, dim=1))}")
     print("\n".join(lines), flush=True)
     for name, options in ARMS.items():
         ddpm, row = run({"steps": steps, **options})
         noise = torch.randn(64, *ddpm.shape, generator=supervideo.rng("cpu", 2))
-        kept[name] = ddpm.sample(noise.shape, xt=noise)
-        speed, match, steady = motion(kept[name])
-        lines.append(
-            f"{name:36}{float(row['held_loss']):8.4f}{jitter(ddpm, held):8.4f}"
-            f"{speed:10.2f}{match:8.2f}{steady:8.2f}"
-        )
+        drawn = ddpm.sample(noise.shape, xt=noise)
+        kept[name] = ((drawn + 1) * 127.5).round() / 127.5 - 1  # as they are stored
+        scores = f"{float(row['held_loss']):8.4f}{jitter(ddpm, held):8.4f}"
+        lines.append(f"{name:36}{scores}{motion(kept[name])}")
         print(lines[-1], flush=True)
         (RESULTS / "video.txt").write_text("\n".join(lines) + "\n")
         pixels = {k: ((x + 1) * 127.5).round().byte() for k, x in kept.items()}
