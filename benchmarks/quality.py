@@ -26,6 +26,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from measures import frechet
+
 import superminddpm as base
 
 
@@ -51,14 +53,6 @@ def train_judge(images, labels, epochs=25):
             loss.backward()
             opt.step()
     return judge
-
-
-def frechet(a, b):
-    """Return the Frechet distance of the Gaussians fitted to the rows of a and b."""
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    mixed = np.linalg.eigvals(cov_a @ cov_b).real.clip(0)
-    shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
-    return shift + np.trace(cov_a + cov_b) - 2 * np.sqrt(mixed).sum()
 
 
 def nearest(a, b):

@@ -1,0 +1,364 @@
+"""How far are drawn images from the training images?
+
+    python benchmarks/measures.py runs/superminddpm-digits/last.pt
+    python benchmarks/measures.py FILE --n 500 --data-dir DIR
+
+Takes a checkpoint of any script, with any data set. Draws 1000 images by DDIM with 50
+calls from the averaged and from the raw weights and prints their distances to the
+training images. The floor is what as many held-out images score: as good as real.
+(benchmarks/quality.py asks more, but of digits only: what a classifier sees in them,
+which classes occur, copies of training images.)
+
+ - frechet: Frechet distance of the Gaussians fitted to features; it falls as the number
+   of images grows, so only equal numbers compare
+ - kernel: squared maximum mean discrepancy of features, with a polynomial kernel; free
+   of bias, so that chance can take it below 0; from all images at once, not subsets
+ - pca: the first 64 principal components of the training images (a quarter of all, if
+   that is less), pixels in [-1, 1]: what is large, layout and brightness
+ - net: 84 features of a small classifier trained here on the labels; without labels 64
+   of one that learned which of 4 quarter turns and which damage (none, blur, noise,
+   swapped quadrants, swapped colours) an image has had: what is small as well. It
+   is no Inception: compare numbers within one data set only
+ - sliced wasserstein: of 7x7 patches from each level of a Laplacian pyramid, mean over
+   levels, times 1000; each set of patches is normalised by its own mean and spread
+
+Features are divided by one number, the root mean square of the training images'.
+Nothing is downloaded. The trained net is kept in runs/features. Inception's FID and KID
+come on request: --inception-weights FILE, and pip install torchmetrics torch-fidelity
+"""
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from scipy.ndimage import convolve1d
+from sklearn.decomposition import PCA
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import superminddpm as base
+
+REAL = 10_000  # training images that are compared with, at most
+STEPS = 1000  # of 64 images, to train the net
+PATCHES, DIRECTIONS = 32, 256  # patches an image, random directions
+
+
+def frechet(a, b):
+    """Return the Frechet distance of the Gaussians fitted to the rows of a and b.
+
+    Heusel et al. 2017, arXiv:1706.08500, Eq. 6.
+    """
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    mixed = np.linalg.eigvals(cov_a @ cov_b).real.clip(0)
+    shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
+    return shift + np.trace(cov_a + cov_b) - 2 * np.sqrt(mixed).sum()
+
+
+def likeness(a, b=None):
+    """Return the mean of (x.y / d + 1)^3 over rows x of a, y of b; None: other x."""
+    other, total = a if b is None else b, 0.0
+    for start in range(0, len(a), 1000):
+        z = a[start : start + 1000] @ other.T / a.shape[1] + 1
+        total += (z * z * z).sum()
+    if b is None:
+        total -= (((a**2).sum(1) / a.shape[1] + 1) ** 3).sum()
+    return total / len(a) / (len(other) - (b is None))
+
+
+def kernel(a, b, b_alone=None):
+    """Return the squared maximum mean discrepancy of the rows of a and b, unbiased.
+
+    Binkowski et al. 2018, arXiv:1801.01401, Eq. 4. b_alone: likeness(b), if known.
+    """
+    b_alone = likeness(b) if b_alone is None else b_alone
+    return likeness(a) + b_alone - 2 * likeness(a, b)
+
+
+def blur(x):
+    """Return x (N, C, H, W), a numpy array, blurred by the 5x5 binomial filter."""
+    for axis in (2, 3):
+        x = convolve1d(x, np.float32([1, 4, 6, 4, 1]) / 16, axis, mode="mirror")
+    return x
+
+
+def pyramid(x):
+    """Return the Laplacian pyramid of x (N, C, S, S): halves, of 8 pixels at least."""
+    levels = []
+    while x.shape[-1] >= 16 and x.shape[-1] % 2 == 0:
+        small, spread = blur(x)[..., ::2, ::2], np.zeros_like(x)
+        spread[..., ::2, ::2] = 4 * small
+        levels.append(x - blur(spread))
+        x = small
+    return [*levels, x]
+
+
+def projected(rows):
+    """Return rows (N, D) along fixed random directions, each sorted (float32)."""
+    way = np.random.default_rng(0).standard_normal((DIRECTIONS, rows.shape[1]))
+    way /= np.linalg.norm(way, axis=1, keepdims=True)
+    return np.sort(way.astype(np.float32) @ np.float32(rows).T, axis=1)
+
+
+def patches(images):
+    """Return per level of the pyramid of uint8 images, patches (32 N, 49 C), sorted."""
+    draw, found = np.random.default_rng(1), []
+    for level in pyramid(np.float32(images)):
+        windows = np.lib.stride_tricks.sliding_window_view(level, (7, 7), (2, 3))
+        n, c, side = windows.shape[:3]
+        at = draw.integers(0, side, (2, n, PATCHES))
+        rows = windows[np.arange(n)[:, None], :, at[0], at[1]].reshape(-1, c, 49)
+        mean, std = rows.mean((0, 2)), rows.std((0, 2)) + 1e-8
+        rows = (rows - mean[:, None]) / std[:, None]
+        found.append(projected(rows.reshape(len(rows), -1)))
+    return found
+
+
+def sliced_wasserstein(a, b):
+    """Return 1000 times the distance of two results of patches(), of equal size.
+
+    Karras et al. 2018, arXiv:1710.10196, Sec. 5: the mean over directions of the
+    distance in one dimension, which sorting solves; there 128 patches, 512 directions.
+    """
+    far = [np.abs(x - y).mean(dtype=float) for x, y in zip(a, b, strict=True)]
+    return float(1e3 * np.mean(far))
+
+
+class Net(nn.Module):
+    """A small LeNet: features of x (B, C, S, S) in [-1, 1], and classes from them."""
+
+    def __init__(self, channels, features, classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.full = nn.Linear(64 * 16, features)
+        self.head = nn.Linear(features, classes)
+
+    def features(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.relu(self.conv2(x))
+        x = F.max_pool2d(x, 2) if x.shape[-1] > 8 else x
+        x = F.adaptive_avg_pool2d(F.relu(self.conv3(x)), 4)
+        return self.full(x.flatten(1))
+
+    def forward(self, x):
+        return self.head(F.relu(self.features(x)))
+
+
+def damage(x, g):
+    """Return x (B, C, S, S) in [-1, 1], turned and damaged at random, and how (B,)."""
+    turn, kind = (torch.randint(0, n, (len(x),), generator=g) for n in (4, 5))
+    much = torch.rand(len(x), 1, 1, 1, generator=g) * 0.8 + 0.2
+    x = torch.stack([y.rot90(int(k), (1, 2)) for y, k in zip(x, turn, strict=True)])
+    soft = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    noise = torch.randn(x.shape, generator=g)
+    half = x.shape[-1] // 2
+    ways = [
+        x,
+        x.lerp(soft, much),
+        (x + much / 2 * noise).clamp(-1, 1),
+        x.roll((half, half), (2, 3)),
+        x.flip(1) if x.shape[1] > 1 else -x,
+    ]
+    return torch.stack(ways)[kind, torch.arange(len(x))], 5 * turn + kind
+
+
+def task(images, labels, index, g):
+    """Return what the net sees of images[index], and the classes it is to tell."""
+    x = images[index] / 127.5 - 1
+    return damage(x, g) if labels is None else (x, labels[index])
+
+
+def train_net(images, labels, steps):
+    """Return a Net that tells the labels of images, or for None their damage."""
+    classes, g = 20 if labels is None else int(labels.max()) + 1, base.rng("cpu", 0, 8)
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = Net(images.shape[1], 64 if labels is None else 84, classes)
+    opt = torch.optim.AdamW(net.parameters(), 3e-3)
+    fall = torch.optim.lr_scheduler.LinearLR(opt, 1, 0.01, steps)
+    torch.set_num_threads(1)  # sums in one order: the same net every time
+    with torch.enable_grad():
+        for _ in range(steps):
+            index = torch.randint(0, len(images), (64,), generator=g)
+            x, y = task(images, labels, index, g)
+            loss = F.cross_entropy(net(x), y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            fall.step()
+    torch.set_num_threads(threads)
+    return net.requires_grad_(False)
+
+
+def find_net(images, labels, folder):
+    """Return the Net for images and labels: the one kept in folder, or a new one."""
+    code = "".join(inspect.getsource(x) for x in (Net, damage, task, train_net))
+    few = images[:: max(1, len(images) // 1000)].contiguous()
+    key = hashlib.sha1(f"{code} {STEPS} {tuple(images.shape)}".encode())
+    key.update(few.numpy().tobytes())
+    key.update(b"" if labels is None else labels.contiguous().numpy().tobytes())
+    path = Path(folder, f"net-{key.hexdigest()}.pt")
+    if not path.exists():
+        net = train_net(images, labels, STEPS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        torch.save(net.state_dict(), part)
+        part.replace(path)  # a kill leaves no half net
+    state = torch.load(path, weights_only=True)
+    classes, features = state["head.weight"].shape
+    net = Net(images.shape[1], features, classes).requires_grad_(False)
+    net.load_state_dict(state)
+    return net
+
+
+class Measures:
+    """Distances of drawn images to the training images, by a fixed protocol.
+
+    train, held: uint8 (N, C, S, S); labels, held_labels: int64 (N,), or None. n images
+    are compared, but never more than are held out. floor: the distances of the first n
+    held-out images; accuracy: share of held-out images that the net gets right (None
+    for labels without held_labels). Raises ValueError for what it cannot measure.
+    """
+
+    def __init__(
+        self, train, held, labels=None, held_labels=None, n=1000, folder="runs/features"
+    ):
+        self.n = n = min(n, len(held), len(train))
+        if n < 16:
+            raise ValueError(f"{n} images are too few to measure distances: 16 or more")
+        self.shape = tuple(train.shape[1:])
+        self.check(train)
+        self.check(held)
+        train, held = train.cpu(), held.cpu()
+        pick = torch.randperm(len(train), generator=base.rng("cpu", 0, 7))[:REAL]
+        self.net = find_net(train, labels, folder)
+        real = train[pick]
+        flat = real.flatten(1).numpy() / np.float32(127.5) - 1
+        few = min(64, flat.shape[1] // 4, len(flat))
+        self.pca = PCA(few, random_state=0).fit(flat)
+        found = self.features(real)
+        self.scale = {name: (x**2).mean() ** 0.5 for name, x in found.items()}
+        self.real = self.scaled(found)
+        self.alone = {name: likeness(x) for name, x in self.real.items()}
+        self.patches = patches(real[:n].numpy())
+        self.accuracy = None
+        if labels is None or held_labels is not None:
+            g = base.rng("cpu", 0, 9)
+            x, y = task(held, held_labels, torch.arange(len(held)), g)
+            self.accuracy = (self.net(x).argmax(1) == y).float().mean().item()
+        self.floor = self.distances(held)
+
+    def check(self, images):
+        """Raise ValueError unless images are n or more, uint8, of the right shape."""
+        kind, shape = images.dtype, tuple(images.shape)
+        if kind != torch.uint8 or shape[1:] != self.shape or len(images) < self.n:
+            wanted = f"torch.uint8 {(self.n, *self.shape)}"
+            raise ValueError(f"images are {kind} {shape}, which wants to be {wanted}")
+
+    @torch.no_grad()
+    def features(self, images):
+        """Return the features of uint8 images, {name: float64 (N, features)}."""
+        x = images / 127.5 - 1
+        net = torch.cat([self.net.features(part) for part in x.split(500)])
+        pca = self.pca.transform(x.flatten(1).numpy())
+        return {"pca": pca.astype(np.float64), "net": net.double().numpy()}
+
+    def scaled(self, features):
+        return {name: x / self.scale[name] for name, x in features.items()}
+
+    def distances(self, drawn):
+        """Return {measure: distance} of the first n of drawn, uint8 (N, C, S, S)."""
+        self.check(drawn)
+        drawn, far = drawn[: self.n].cpu(), {}
+        for name, own in self.scaled(self.features(drawn)).items():
+            real, alone = self.real[name], self.alone[name]
+            far[f"frechet {name}"] = float(frechet(own, real))
+            far[f"kernel {name}"] = float(kernel(own, real, alone))
+        drawn = patches(drawn.numpy())
+        return far | {"sliced wasserstein": sliced_wasserstein(drawn, self.patches)}
+
+
+def inception(drawn, real, weights):
+    """Return {"FID": ..., "KID": ...} of two sets of uint8 images, by torchmetrics.
+
+    weights: torch-fidelity's file pt_inception-2015-12-05-6726825d.pth, or a module
+    that turns uint8 (N, 3, S, S) into features (N, D). KID: the mean over 100 subsets
+    of 1000 or fewer. Raises ValueError if a package or the file is missing.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        if not isinstance(weights, nn.Module):
+            if not Path(weights).is_file():  # without a file it would be downloaded
+                raise ValueError(f"there is no file {weights} with Inception's weights")
+            kind = ("inception-v3-compat", ["2048"])
+            weights = NoTrainInceptionV3(*kind, str(weights))
+    except ModuleNotFoundError:
+        how = "pip install torchmetrics torch-fidelity"
+        raise ValueError(f"Inception features want: {how}") from None
+    size = min(len(drawn), len(real), 1000)
+    fid = FrechetInceptionDistance(weights)
+    kid = KernelInceptionDistance(weights, subset_size=size)
+    for images, is_real in ((drawn, False), (real, True)):
+        for part in images.cpu().expand(-1, 3, -1, -1).split(50):
+            fid.update(part, is_real)
+            kid.update(part, is_real)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return {"FID": fid.compute().item(), "KID": kid.compute()[0].item()}
+
+
+def draw(ddpm, n, steps=50, seed=0):
+    """Return n images by DDIM, uint8 (n, C, S, S); one seed is one x_T for all."""
+    ddpm = ddpm.cuda() if torch.cuda.is_available() else ddpm
+    xt = torch.randn(n, *ddpm.shape, generator=torch.Generator().manual_seed(seed))
+    parts = xt.to(ddpm.beta.device).split(250)
+    x0 = torch.cat([ddpm.sample(part.shape, steps, xt=part) for part in parts])
+    return ((x0 + 1) * 127.5).round().byte().cpu()
+
+
+def main(
+    path: tyro.conf.Positional[str],
+    n: int = 1000,
+    data_dir: str = "",
+    inception_weights: str = "",
+):
+    script = importlib.import_module(base.read_checkpoint(path, script="")["script"])
+    cfg = script.read_checkpoint(path)["config"]
+    cfg = replace(cfg, data_dir=data_dir or cfg.data_dir, quiet=True)
+    train, labels, held, held_labels = script.load_images(cfg)
+    if labels is not None and labels.is_floating_point():  # the motion of clips
+        labels = held_labels = None
+    measures = Measures(train, held, labels, held_labels, n)
+    n, columns = measures.n, {"held-out": measures.floor}
+    sets = {
+        "drawn, averaged": draw(script.load(path), n),
+        "drawn, raw": draw(script.load(path, ema=False), n),
+    }
+    columns |= {name: measures.distances(images) for name, images in sets.items()}
+    if inception_weights:
+        for name, images in ({"held-out": held[:n]} | sets).items():
+            columns[name] |= inception(images, train[:REAL], inception_weights)
+    real, net = len(measures.real["pca"]), "damage" if labels is None else "labels"
+    size = " x ".join(map(str, measures.shape))
+    print(f"{n} images, {cfg.data} {size}, drawn by DDIM with 50 calls")
+    print(f"against {real} training images; sliced Wasserstein: against {n}")
+    print(f"net: tells the {net} of {measures.accuracy:.1%} of held-out images\n")
+    print(f"{'':20}" + "".join(f"{name:>18}" for name in columns))
+    for name in measures.floor | columns["drawn, raw"]:
+        print(f"{name:20}" + "".join(f"{x[name]:18.4g}" for x in columns.values()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
