@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import superminddpm as base
 
 REAL = 10_000  # training images that are compared with, at most
-STEPS = 1000  # of 64 images, to train the net
+STEPS, EPOCHS = 1000, 12  # to train the net: the steps, of 64 images, or fewer epochs
 PATCHES, DIRECTIONS = 32, 256  # patches an image, random directions
 
 
@@ -177,13 +177,12 @@ def task(images, labels, index, g):
     return damage(x, g) if labels is None else (x, labels[index])
 
 
-def train_net(images, labels, steps):
+def train_net(images, labels):
     """Return a Net that tells the labels of images, or for None their damage."""
     classes, g = 20 if labels is None else int(labels.max()) + 1, base.rng("cpu", 0, 8)
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        net = Net(images.shape[1], 64 if labels is None else 84, classes)
+    steps, threads = min(STEPS, EPOCHS * len(images) // 64 + 1), torch.get_num_threads()
+    torch.manual_seed(0)
+    net = Net(images.shape[1], 64 if labels is None else 84, classes)
     opt = torch.optim.AdamW(net.parameters(), 3e-3)
     fall = torch.optim.lr_scheduler.LinearLR(opt, 1, 0.01, steps)
     torch.set_num_threads(1)  # sums in one order: the same net every time
@@ -200,16 +199,17 @@ def train_net(images, labels, steps):
     return net.requires_grad_(False)
 
 
+@torch.random.fork_rng([])  # the caller's random numbers stay as they are
 def find_net(images, labels, folder):
     """Return the Net for images and labels: the one kept in folder, or a new one."""
     code = "".join(inspect.getsource(x) for x in (Net, damage, task, train_net))
     few = images[:: max(1, len(images) // 1000)].contiguous()
-    key = hashlib.sha1(f"{code} {STEPS} {tuple(images.shape)}".encode())
+    key = hashlib.sha1(f"{code} {STEPS} {EPOCHS} {tuple(images.shape)}".encode())
     key.update(few.numpy().tobytes())
     key.update(b"" if labels is None else labels.contiguous().numpy().tobytes())
     path = Path(folder, f"net-{key.hexdigest()}.pt")
     if not path.exists():
-        net = train_net(images, labels, STEPS)
+        net = train_net(images, labels)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         torch.save(net.state_dict(), part)
