@@ -183,10 +183,11 @@ def find_files(cfg):
     tree = ((top, name) for top, _, names in os.walk(root) for name in names)
     files = [os.path.join(*at) for at in tree if at[1].lower().endswith(IMG_EXTENSIONS)]
     files.sort()
-    train, held = ([files[i] for i in part] for part in hold_out(len(files)))
     if cfg.data == "celeba":  # the official parts go by number; the third is for tests
-        train = [file for file in files if Path(file).stem <= "162770"]
-        held = [file for file in files if "162770" < Path(file).stem <= "182637"]
+        train = [file for file in files if file[-10:-4] <= "162770"]
+        held = [file for file in files if "162770" < file[-10:-4] <= "182637"]
+    else:
+        train, held = ([files[i] for i in part] for part in hold_out(len(files)))
     if not (train and held):
         raise FileNotFoundError(f"too few images in {root}; --data-dir wants {wanted}")
     return train[: cfg.n_train or None], held[:1024]
@@ -213,15 +214,21 @@ def decode(file, cfg):
 def decode_all(files, cfg):
     """Return files as uint8 (N, S, S, 3), mapped from a cache (made if missing)."""
     about = [cfg.data, cfg.image_size, cfg.skip_bad_images]
-    about += [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    stats = zip(files, map(os.stat, files), strict=True)
+    about += [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
     key = hashlib.sha1(repr(about).encode()).hexdigest()
     cache = Path("runs", "cache", f"{cfg.data}-{key}.bin")
-    if not cache.exists():
+    whole = len(files) * cfg.image_size**2 * 3
+    fits = cache.exists() and (cfg.skip_bad_images or cache.stat().st_size == whole)
+    if not fits:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(f".{os.getpid()}")
         try:
             with ThreadPool() as pool, open(part, "wb") as f:
-                pixels = pool.imap(lambda file: decode(file, cfg), files)
+                # in blocks: what waits to be written must not fill the memory
+                blocks = (files[k : k + 1024] for k in range(0, len(files), 1024))
+                one = partial(decode, cfg=cfg)
+                pixels = (image for block in blocks for image in pool.imap(one, block))
                 for image in tqdm(pixels, "decoding", len(files), disable=cfg.quiet):
                     f.write(image)
             part.replace(cache)
@@ -230,7 +237,8 @@ def decode_all(files, cfg):
     size = cache.stat().st_size
     if not size:
         raise ValueError(f"none of {len(files)} images is readable")
-    pixels = torch.from_file(str(cache), size=size, dtype=torch.uint8)
+    # shared: Linux refuses a private mapping that is larger than the memory
+    pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
     pixels = pixels.view(-1, cfg.image_size, cfg.image_size, 3)
     if len(pixels) < len(files):
         print(f"left out {len(files) - len(pixels)} of {len(files)} unreadable images")
