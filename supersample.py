@@ -1016,7 +1016,9 @@ def draw(cfg):
     barrier()  # every process has looked at the folder; now it may be made
     out.mkdir(parents=True, exist_ok=True)
     mine = range(rank, cfg.n_samples, world)
-    for k in tqdm(range(0, len(mine), cfg.batch), disable=cfg.quiet or rank > 0):
+    bar = tqdm(total=cfg.n_samples, unit="img", disable=cfg.quiet or rank > 0)
+    clock = time.perf_counter()
+    for k in range(0, len(mine), cfg.batch):
         ids = mine[k : k + cfg.batch]
         noise = [rng("cpu", cfg.seed, i, 4) for i in ids]
         xt = torch.stack([torch.randn(ddpm.shape, generator=g) for g in noise])
@@ -1027,14 +1029,17 @@ def draw(cfg):
         x0 = as_strips(ddpm.net, x0)  # + sample
         for i, image in zip(ids, ((x0 + 1) * 127.5).round().byte().cpu(), strict=True):
             to_pil_image(image).save(out / f"{i:06}.png")
+        bar.update(min(world * len(ids), cfg.n_samples - bar.n))
+    bar.close()
     barrier()
+    rate = cfg.n_samples / (time.perf_counter() - clock)
     if rank == 0:
         shown = range(min(cfg.n_samples, 400))
         images = [pil_to_tensor(Image.open(out / f"{i:06}.png")) for i in shown]
         nrow = math.ceil(len(images) ** 0.5)
         save_grid(torch.stack(images) / 127.5 - 1, out / "grid.png", nrow)
         if not cfg.quiet:
-            print(f"{cfg.n_samples} images in {out}")
+            print(f"{cfg.n_samples} images in {out}, {rate:.1f} images/s")
 
 
 # ---- 6. Main -----------------------------------------------------------------------

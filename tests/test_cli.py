@@ -1,6 +1,8 @@
 """The command line: recipes, help, bad input in one line, sampling, logging."""
 
+import contextlib
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -170,6 +172,28 @@ def test_two_processes_draw_the_same_images(checkpoint):
     assert main(f"{line} one") == 0
     assert finish(start(main, f"{line} two", world=2)) == [0, 0]
     assert pictures("one") == pictures("two")
+
+
+def tell(line):
+    """Draw as a worker whose clock goes a quarter of a second with each file."""
+    files = Path(line.split()[-1]).glob
+    base.time = types.SimpleNamespace(perf_counter=lambda: len([*files("0*.png")]) / 4)
+    with (
+        open(f"said{os.environ['RANK']}", "w") as said,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        main(line)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_drawing_says_how_fast_all_processes_are_together(checkpoint, world):
+    line = f"--sample {checkpoint} --n-samples 9 --sampling-steps 5 --batch 4 --out a"
+    assert finish(start(tell, line, world=world)) == [0] * world
+    said = [Path(f"said{rank}").read_text() for rank in range(world)]
+    assert said[0].endswith("9 images in a, 4.0 images/s\n")
+    assert "9/9" in said[0] and "img/s" in said[0]
+    assert not any(said[1:])
 
 
 def test_tensorboard_gets_the_metrics():
