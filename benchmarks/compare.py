@@ -380,8 +380,8 @@ def compare(options):
     todo = []
     if not options.only_table:
         measures = agree(options, results)
-        todo = list(product(options.decay, options.arms, range(options.seeds)))
-    for decay, arm, seed in tqdm(todo, "runs"):
+        todo = list(product(options.decay, range(options.seeds), options.arms))
+    for decay, seed, arm in tqdm(todo, "runs"):
         key = {"arm": arm, "seed": seed, "decay": decay, "steps": options.steps}
         key["equal"] = options.equal
         if (steps := plan(options, read(results), key)) is not None:
