@@ -207,9 +207,9 @@ def test_the_net_is_trained_once_and_repeats_bit_for_bit(monkeypatch):
     assert kept.name == other.name
     a, b = (torch.load(path, weights_only=True) for path in (kept, other))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    data["train"] = 255 - data["train"]  # other images, another net
-    measures.Measures(**data)
-    assert len(trained) == 3 and len([*Path("runs/features").iterdir()]) == 2
+    measures.Measures(**{**data, "train": 255 - data["train"]})  # another net
+    measures.Measures(**{**data, "labels": 9 - data["labels"]})
+    assert len(trained) == 4 and len([*Path("runs/features").iterdir()]) == 3
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
