@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 import tyro
-from measures import Measures
+import measures
 from scipy.stats import t as student
 from story import picture
 from tqdm.auto import tqdm
@@ -130,18 +130,9 @@ def train(module, cfg):
     return json.loads(kept.read_text()) if kept.exists() else None
 
 
-def as_bytes(images):
-    """Return images in [-1, 1] as uint8."""
-    return ((images + 1) * 127.5).round().byte().cpu()
-
-
 def draw(module, out, n, seed, ema=True):
     """Return n images of a run, uint8 (n, C, S, S); x_T depends on the seed alone."""
-    ddpm = module.load(Path(out, "last.pt"), ema)
-    ddpm = ddpm.cuda() if torch.cuda.is_available() else ddpm
-    g = torch.Generator().manual_seed(1000 + seed)
-    xt = torch.randn(n, *ddpm.shape, generator=g).to(ddpm.beta.device)
-    return torch.cat([as_bytes(ddpm.sample(x.shape, xt=x)) for x in xt.split(250)])
+    return measures.draw(module.load(Path(out, "last.pt"), ema), n, seed=1000 + seed)
 
 
 def draw_stages(module, out):
@@ -157,11 +148,11 @@ def draw_stages(module, out):
         course = module.Curriculum(last["config"], last["step"], ddpm.alphabar)
         low = int(course.density(step - 1).nonzero()[0]) + 1
         xt = torch.randn(8, *ddpm.shape, generator=torch.Generator().manual_seed(1000))
-        rows.append(as_bytes(picture(ddpm, low, xt)))
+        rows.append(((picture(ddpm, low, xt) + 1) * 127.5).round().byte())
     return torch.stack(rows)
 
 
-def run(options, key, steps, measures):
+def run(options, key, steps, scores):
     """Train and score one run; return its line of the results."""
     module, cfg = configure(options, key, steps)
     seconds = train(module, cfg)
@@ -170,9 +161,9 @@ def run(options, key, steps, measures):
     line = {**key, "held_loss": row["held_loss"], "train_loss": row["loss"]}
     line |= {name: value for name, value in row.items() if name.startswith("held_t")}
     line |= {"step": row["step"], "train_seconds": seconds}
-    for ema in (True, False) if measures else ():
+    for ema in (True, False) if scores else ():
         drawn = draw(module, cfg.out, options.n_samples, key["seed"], ema)
-        found = measures.distances(drawn)
+        found = scores.distances(drawn)
         line |= {name if ema else f"raw {name}": d for name, d in found.items()}
     if options.curve:
         line["curve"] = [
@@ -321,7 +312,7 @@ def add(results, line):
 def agree(options, results):
     """Write down what holds for all lines of a results file, or compare with it.
 
-    Returns the Measures, or None without --n-samples. ValueError: they differ.
+    Returns the measures, or None without --n-samples. ValueError: they differ.
     """
     module, cfg = configure(options, {"arm": "base", "seed": 0, "decay": True})
     kept = {name: value for line in read(results) for name, value in line.items()}
@@ -334,12 +325,12 @@ def agree(options, results):
     if not options.n_samples:
         return None
     images, labels, held, held_labels = module.load_images(cfg)
-    measures = Measures(images, held, labels, held_labels, options.n_samples)
+    scores = measures.Measures(images, held, labels, held_labels, options.n_samples)
     if kept.get("n_samples", options.n_samples) != options.n_samples:
         raise ValueError(f"{results.name} was made with {kept['n_samples']} samples")
     if "floor" not in kept:
-        add(results, {"n_samples": options.n_samples, "floor": measures.floor})
-    return measures
+        add(results, {"n_samples": options.n_samples, "floor": scores.floor})
+    return scores
 
 
 def plan(options, lines, key):
@@ -379,13 +370,13 @@ def compare(options):
     results = ROOT / "benchmarks" / "results" / f"compare-{name}.jsonl"
     todo = []
     if not options.only_table:
-        measures = agree(options, results)
+        scores = agree(options, results)
         todo = list(product(options.decay, range(options.seeds), options.arms))
     for decay, seed, arm in tqdm(todo, "runs"):
         key = {"arm": arm, "seed": seed, "decay": decay, "steps": options.steps}
         key["equal"] = options.equal
         if (steps := plan(options, read(results), key)) is not None:
-            add(results, run(options, key, steps, measures))
+            add(results, run(options, key, steps, scores))
     if options.n_samples and options.equal == "images":
         keep_pictures(options, results.with_suffix(".npz"))
     lines = read(results)
