@@ -30,10 +30,10 @@ from typing import Literal
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import measures
 import numpy as np
 import torch
 import tyro
-import measures
 from scipy.stats import t as student
 from story import picture
 from tqdm.auto import tqdm
