@@ -88,8 +88,9 @@ def load(cfg, threads=None):
 
 def train(cfg, size):
     """Train with a cache of size bytes; return n, and anonymous MB at each step."""
-    path = str(base.load_images(cfg)[0].untyped_storage().filename)
-    os.truncate(path, size)  # zeros, which take no place on the disk
+    base.load_images(cfg)  # two images to train on and one held out
+    cache = max(Path("runs/cache").iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(cache, size)  # zeros, which take no place on the disk
     forward, seen = base.DDPM.forward, [memory("RssAnon")]
 
     def spy(self, *inputs):
@@ -141,10 +142,10 @@ def main(files: int = 202_599):
 
         os.chdir(tempfile.mkdtemp(dir=folder))
         total = memory("MemTotal", "meminfo")
-        make_files(2, Path("few"))
+        make_files(3, Path("few"))
         few = {"data_dir": "few", "skip_bad_images": True, "n_feat": 8, "batch": 16}
         few |= {"steps": 200, "out": "run"}
-        size = int(1.25e6 * total)
+        size = int(1.25e6 * total) // 3072 * 3072  # whole images
         n, seen = alone(train, base.replace(cfg, **few), size)
         print(f"a set of {size / 1e9:.1f} GB, {n} images, ", end="")
         print(f"in {total / 1e3:.1f} GB of memory, batch 16:")

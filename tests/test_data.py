@@ -3,19 +3,22 @@
 import gzip
 import os
 import pickle
+import resource
 import signal
 import struct
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import finish, start
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import superminddpm as base
-from superminddpm import Config, load_images
+from superminddpm import Config, load_images, train
 
 
 def write_idx(folder, name, array):
@@ -134,6 +137,103 @@ def test_the_cache_is_mapped_reused_and_renewed(tmp_path, monkeypatch):
     save(noise(218, 178, 3), tmp_path / "f" / "img_align_celeba" / "000002.jpg")
     assert not torch.equal(load_images(cfg)[0], first)
     assert len(load_images(base.replace(cfg, image_size=16))[0][0, 0]) == 16
+
+
+def largest_cache():
+    return max(Path("runs/cache").iterdir(), key=lambda path: path.stat().st_size)
+
+
+def test_a_cache_of_the_wrong_size_is_made_anew(tmp_path):
+    celeba(tmp_path / "f", [1, 2, 3, 170000])
+    cfg = Config(data="celeba", data_dir=str(tmp_path / "f"), quiet=True)
+    first = load_images(cfg)[0].clone()
+    path = largest_cache()
+    for size in (0, 2 * 32 * 32 * 3, 5000, 4 * 32 * 32 * 3):
+        os.truncate(path, size)
+        assert torch.equal(load_images(cfg)[0], first)
+
+
+def test_decoded_images_do_not_pile_up_while_the_disk_is_slow(tmp_path, monkeypatch):
+    """The writer is slow at the start, and the threads may not run far ahead of it."""
+    decoded, waiting = [], []
+
+    def decode(file, cfg):
+        decoded.append(file)
+        return bytes(32 * 32 * 3)
+
+    def slow(pixels, *_, **__):
+        for n, image in enumerate(pixels):
+            waiting.append(len(decoded) - n)
+            yield image
+            time.sleep(0.5 if n == 10 else 0)
+
+    monkeypatch.setattr(base, "decode", decode)
+    monkeypatch.setattr(base, "tqdm", slow)
+    celeba(tmp_path, [1])
+    files = [str(tmp_path / "img_align_celeba" / "000001.jpg")] * 9000
+    assert len(base.decode_all(files, Config(data="celeba"))) == len(decoded) == 9000
+    assert max(waiting) <= 1024
+
+
+def train_and_count(cfg):
+    """Train as a worker; write down what it decodes, and which cache it maps."""
+    decode = base.decode
+
+    def spy(file, cfg):
+        with open("decoded", "a") as f:
+            f.write(f"{file}\n")
+        time.sleep(0.02)  # long enough for the other process to want the cache
+        return decode(file, cfg)
+
+    def look(self, *inputs):
+        maps = Path("/proc/self/maps").read_text()
+        caches = {line.split("/")[-1] for line in maps.split("\n") if ".bin" in line}
+        Path(f"maps{os.environ['RANK']}").write_text(" ".join(sorted(caches)))
+        return forward(self, *inputs)
+
+    forward, base.DDPM.forward, base.decode = base.DDPM.forward, look, spy
+    train(cfg)
+    torch.distributed.destroy_process_group()
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's memory")
+
+
+@LINUX
+def test_two_processes_decode_once_and_map_the_same_cache(tmp_path):
+    celeba(tmp_path / "f", [*range(1, 31), *range(170000, 170010)])
+    small = {"n_feat": 8, "batch": 8, "steps": 2, "out": "run", "image_size": 8}
+    cfg = Config(data="celeba", data_dir=str(tmp_path / "f"), quiet=True, **small)
+    assert finish(start(train_and_count, cfg, world=2)) == [0, 0]
+    decoded = Path("decoded").read_text().split()
+    assert len(decoded) == len(set(decoded)) == 40
+    caches = {path.name: path.read_bytes() for path in Path("runs/cache").iterdir()}
+    for rank in (0, 1):
+        assert set(Path(f"maps{rank}").read_text().split()) == {*caches}
+    images, _, held, _ = load_images(cfg)  # training has not written into the cache
+    faces = torch.cat([images, held])
+    assert torch.equal(faces, faces[:1].expand_as(faces)) and len(faces) == 40
+
+
+def train_with_little_memory(cfg, size):
+    """Train as a worker with a cache of size bytes, and with half as much memory."""
+    load_images(cfg)
+    os.truncate(largest_cache(), size)  # zeros, which take no place on the disk
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + size // 2, used + size // 2))
+    with pytest.raises(RuntimeError, match="allocate"):  # the limit is one
+        torch.ones(size, dtype=torch.uint8)
+    train(cfg)
+
+
+@LINUX
+def test_a_set_larger_than_the_memory_trains(tmp_path):
+    celeba(tmp_path / "f", [1, 2, 170000])
+    small = {"n_feat": 8, "batch": 8, "steps": 12, "out": "run", "image_size": 8}
+    small |= {"skip_bad_images": True}  # then a cache may have any number of images
+    cfg = Config(data="celeba", data_dir=str(tmp_path / "f"), quiet=True, **small)
+    assert finish(start(train_with_little_memory, cfg, 5_000_000 * 192)) == [0]
+    assert Path("run/last.pt").exists()
 
 
 def test_a_killed_decode_leaves_no_half_cache(tmp_path, monkeypatch):
