@@ -198,8 +198,8 @@ def find_files(cfg):
     files = [os.path.join(*at) for at in tree if at[1].lower().endswith(IMG_EXTENSIONS)]
     files.sort()
     if cfg.data == "celeba":  # the official parts go by number; the third is for tests
-        train = [file for file in files if file[-10:-4] <= "162770"]
-        held = [file for file in files if "162770" < file[-10:-4] <= "182637"]
+        train = [f for f in files if os.path.basename(f)[:6] <= "162770"]
+        held = [f for f in files if "162770" < os.path.basename(f)[:6] <= "182637"]
     else:
         train, held = ([files[i] for i in part] for part in hold_out(len(files)))
     if not (train and held):
