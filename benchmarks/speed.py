@@ -1,81 +1,412 @@
-"""What does the training loop cost over the bare steps?  On the CPU.
+"""How fast is the training loop, and what holds it back?  On a CPU or a GPU.
 
-    python benchmarks/speed.py                                          the default run
-    python benchmarks/speed.py --n-feat 32 --image-size 32 --steps 25
-    python benchmarks/speed.py superreg --reg prox                      another script
+    python benchmarks/speed.py                     32x32 in colour, the recipe of celeba
+    python benchmarks/speed.py --data digits       8x8, n-feat 16: the default run
+    python benchmarks/speed.py superreg --reg prox         another script, its options
+    python benchmarks/speed.py --json speed.json           the same figures as JSON
 
-Runs the train of a script as it is, with a stopwatch round what any training step has:
-forward pass, clearing of gradients, backward pass, optimizer step. All else that the
-loop does is its cost: picking images, drawing t and noise, clipping gradients,
-averaging weights, logging. Both times come from the same steps, so that other programs
-disturb both alike. Options are those of the script; 300 steps by default, five times
-over.
+Measures images per second, in turns, so that what disturbs one row disturbs all:
+ - loop: train() of the script as it is, on random images (digits: the real ones);
+ - bare: forward, backward and optimizer step of the same network on fixed tensors,
+   eager, compiled, or compiled into CUDA graphs, channels first or last;
+ - plain: the loop of plain.py, as people write it.
+
+A step is what lies between two calls of AdamW.step, so one clock stands in all of them.
+The first steps of a turn, where things are compiled, do not count. On a CPU the cost of
+the loop is its whole time over that of forward, backward, zero_grad and step inside it;
+both come from the same steps. A GPU works behind the back of a clock: there the clock
+waits for it, at the first and the last step only, and the loop is compared to bare.
+"recipe" is the time of the whole recipe at that rate, without its grids and held-out
+losses: for celeba 80 epochs of 162,770 images, 13.0 million.
+
+The roofline is what the machine would allow if nothing else took time: FLOPs (counted
+as in cost.py) at the rate of a large matrix product, and bytes at that of a large copy,
+both measured in the same run. The bytes of a step are those that eager autograd cannot
+avoid: the activations that it keeps, written once and read once, and ten float32
+numbers a weight (read forward and backward; the gradient written and read; AdamW reads
+and writes the weight and two moments). Idle is the time under no kernel: the kernels as
+seen by torch.profiler, against a step without the profiler. Memory is the peak of what
+torch reserves, the images included.
 """
 
+import gc
 import importlib
+import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
+from unittest.mock import patch
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU works behind the back of a stopwatch
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import plain
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
-base = importlib.import_module(sys.argv.pop(1) if named else "superminddpm")
-
-inside = 0.0  # seconds spent in the calls below the stopwatch
+import tyro
+from cost import activations, flops
 
 
-def timed(function):
-    """Return function with a stopwatch round it that adds to inside."""
+@dataclass(frozen=True)
+class Options:
+    """Options of the measurement; those of the script may follow."""
 
-    def call(*args, **options):
-        global inside
-        start = time.perf_counter()
-        result = function(*args, **options)
-        inside += time.perf_counter() - start
-        return result
+    script: Annotated[str, tyro.conf.Positional] = "superminddpm"  # whose loop
+    data: str = "celeba"  # whose recipe
+    n_feats: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--n-feat"])] = ()
+    """widths (empty: 32 and 128 on a GPU, the recipe's on a CPU)"""
+    batches: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--batch"])] = ()
+    """images a step (empty: 256 and 1024 on a GPU, 64 on a CPU)"""
+    turns: int = 5  # of each row
+    steps: int = 0  # timed steps a turn (0: 100 on a GPU, 10 on a CPU)
+    n_images: int = 162_770  # random images to train on; so many has CelebA
+    n_samples: int = 0  # images to draw by DDIM (0: 10,000 on a GPU, 16 on a CPU)
+    workers: int = os.cpu_count()  # processes that decode for the plain loop
+    compiled: bool = False  # compiled rows also on a CPU; they want a C++ compiler
+    json: str = ""  # file for the figures
 
-    return call
+
+# ---- The clock ---------------------------------------------------------------------
+def sync():
+    """Wait until the GPU, if there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def turn(cfg):
-    """Train once; return the seconds a step inside the timed calls, and in all."""
-    global inside
-    inside = 0.0
+class Watch:
+    """Inside this context, time the steps from one call of AdamW.step to another.
+
+    marks: (seconds, seconds inside forward, backward, zero_grad and step) at the calls
+    number first and last, from 0. profiler: started at the one, stopped at the other.
+    """
+
+    def __init__(self, script, first, last, profiler=None):
+        self.first, self.last, self.profiler = first, last, profiler
+        self.calls, self.inside, self.marks, self.stack = 0, 0.0, [], ExitStack()
+        adamw = torch.optim.AdamW
+        self.parts = [(script.DDPM, "forward"), (torch.Tensor, "backward")]
+        self.parts += [(adamw, "zero_grad"), (adamw, "step")]
+
+    def timed(self, function, is_step):
+        def call(*args, **options):
+            if is_step:
+                self.tick()
+            start = time.perf_counter()
+            result = function(*args, **options)
+            self.inside += time.perf_counter() - start
+            return result
+
+        return call
+
+    def tick(self):
+        if self.calls in (self.first, self.last):
+            sync()
+            self.marks.append((time.perf_counter(), self.inside))
+            if self.profiler:
+                (self.profiler.stop if self.marks[1:] else self.profiler.start)()
+        self.calls += 1
+
+    def __enter__(self):
+        for owner, name in self.parts:
+            new = self.timed(getattr(owner, name), name == "step")
+            self.stack.enter_context(patch.object(owner, name, new))
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+
+def step_time(script, run, first, count):
+    """Return seconds a step of run, and of them inside its bare calls."""
+    with Watch(script, first, first + count) as watch:
+        run(first + count + 1)
+    (start, inside), (end, inside_too) = watch.marks
+    return (end - start) / count, (inside_too - inside) / count
+
+
+def covered(spans):
+    """Return the length of the union of spans (start, end)."""
+    total, reach = 0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reach))
+        reach = max(reach, end)
+    return total
+
+
+def busy_time(script, run, first, count):
+    """Return seconds a step in which the GPU runs any kernel; None: none was seen."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    with Watch(script, first, first + count, profiler):
+        run(first + count + 1)
     with tempfile.TemporaryDirectory() as folder:
-        base.train(replace(cfg, out=f"{folder}/run"))
-        names, *_, last = Path(folder, "run", "metrics.csv").read_text().splitlines()
-    rate = float(last.split(",")[names.split(",").index("images_per_s")])
-    return inside / cfg.steps, cfg.batch / rate
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds]
+    return covered(spans) / 1e6 / count or None
+
+
+# ---- The loops: each is a function run(n) that makes n optimizer steps --------------
+def loop(script, cfg, images, n):
+    """Make n steps of the script's own loop, on images as of load_images."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(script, "load_images", lambda cfg: images),
+        patch.object(script, "held_out_loss", lambda *_: {1: 1.0}),
+        patch.object(script, "plot_history", lambda *_: None),
+        patch.object(script.DDPM, "sample", lambda self, shape, *_, xt, **__: xt),
+    ):
+        script.train(replace(cfg, steps=n, out=f"{folder}/run"))
+
+
+def new(script, cfg, shape, device):
+    torch.manual_seed(0)
+    return script.build(cfg, shape).to(device)
+
+
+def bare(script, cfg, shape, device, mode, last, n):
+    """Make n steps on fixed tensors.  mode: of torch.compile, or eager."""
+    ddpm = new(script, cfg, shape, device)
+    x0, eps = torch.randn(2, cfg.batch, *shape, device=device)
+    t = torch.randint(1, cfg.T + 1, (cfg.batch,), device=device)
+    if last:
+        ddpm = ddpm.to(memory_format=torch.channels_last)
+        x0, eps = (x.to(memory_format=torch.channels_last) for x in (x0, eps))
+    if mode != "eager":
+        ddpm.net.compile(mode=mode)
+    opt = torch.optim.AdamW(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
+    for _ in range(n):
+        if mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # graphs reuse their memory
+        opt.zero_grad()
+        ddpm(x0, t, eps).backward()
+        opt.step()
+
+
+# ---- What the machine allows -------------------------------------------------------
+def rate(function, work, times):
+    """Return work a second of function, the best of some goes of several calls."""
+    best = math.inf
+    for _ in range(4):
+        sync()
+        start = time.perf_counter()
+        for _ in range(times):
+            function()
+        sync()
+        best = min(best, (time.perf_counter() - start) / times)
+    return work / best
+
+
+def machine(device, dtype):
+    """Return bytes a second of a large copy, FLOP/s of a large matrix product."""
+    gpu = device.type == "cuda"
+    a = torch.empty(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
+    b = torch.zeros_like(a)
+    side = 8192 if gpu else 1024
+    m = torch.randn(side, side, device=device, dtype=dtype)
+    times = 10 if gpu else 2  # in a row, so that waiting for a GPU does not count
+    copying = rate(lambda: a.copy_(b), 2 * a.nbytes, times)
+    return copying, rate(lambda: m @ m, 2 * side**3, times)
+
+
+def draw(ddpm, shape, n, batch):
+    """Return images a second of DDIM with 50 network calls."""
+    batch = min(n, batch)
+    ddpm.sample((batch, *shape), 2)
+    sync()
+    start = time.perf_counter()
+    for k in range(0, n, batch):
+        ddpm.sample((min(batch, n - k), *shape), 50)
+    sync()
+    return n / (time.perf_counter() - start)
+
+
+# ---- The measurement ---------------------------------------------------------------
+def rows_of(script, cfg, images, files, options, device):
+    """Return {what: run} of all rows for one network and batch."""
+    shape, gpu = images[0].shape[1:], device.type == "cuda"
+    step = partial(bare, script, cfg, shape, device)
+    runs = {"loop": partial(loop, script, replace(cfg, compile=False), images)}
+    if gpu or options.compiled:
+        whole = replace(cfg, compile=True)
+        runs["loop, --compile"] = partial(loop, script, whole, images)
+        runs["bare, compiled"] = partial(step, "default", False)
+    runs["bare, eager"] = partial(step, "eager", False)
+    if gpu:
+        runs["bare, CUDA graphs"] = partial(step, "reduce-overhead", False)
+        runs["bare, eager, channels last"] = partial(step, "eager", True)
+        runs["bare, compiled, channels last"] = partial(step, "default", True)
+        runs["bare, CUDA graphs, channels last"] = partial(
+            step, "reduce-overhead", True
+        )
+    if len(shape) == 3:  # not for clips
+        precise = replace(cfg, bf16=False)
+
+        def run_plain(n):
+            ddpm = new(script, precise, shape, device)
+            plain.train_on_files(ddpm, files, shape, cfg.batch, options.workers, n)
+
+        runs["plain"] = run_plain
+    return runs
+
+
+def roofline(script, cfg, shape, device, allowed):
+    """Return FLOPs and bytes an image, and the images/s that they allow."""
+    ddpm = new(script, cfg, shape, device)
+    weights = list(ddpm.parameters())
+
+    def loss(n):
+        x0, eps = (torch.randn(n, *shape, device=device) for _ in range(2))
+        return ddpm(x0, torch.ones(n, dtype=torch.long, device=device), eps)
+
+    size, one = sum(w.nbytes for w in weights), flops(loss)
+    moved = 2 * activations(loss) + 10 * size / cfg.batch
+    return {
+        **{"weights": size // 4, "flop_image": one, "bytes_image": moved},
+        **{"bound_bytes": allowed[0] / moved, "bound_flop": allowed[1] / one},
+    }
+
+
+def measure(script, cfg, images, files, options, device, allowed):
+    """Return the figures of one network and batch, as a dict for JSON."""
+    gpu, shape = device.type == "cuda", images[0].shape[1:]
+    if gpu or options.compiled:
+        torch.compiler.reset()  # else a second batch size is compiled for any size
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
+    runs = rows_of(script, cfg, images, files, options, device)
+    first, count = (20, options.steps or 100) if gpu else (2, options.steps or 10)
+    several = max(1, options.workers)  # they hand over their batches nearly at once
+    spans = dict.fromkeys(runs, (first, count))
+    spans["plain"] = max(first, several), math.ceil(count / several) * several
+    times, peak = {what: [] for what in runs}, {}
+    for turn in range(-1 if gpu else 0, options.turns):  # -1: to warm up
+        for what in list(runs):
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                both = step_time(script, runs[what], *spans[what])
+            except torch.OutOfMemoryError:
+                del runs[what], times[what]
+                continue
+            if turn >= 0:
+                times[what].append(both)
+            if gpu:
+                peak[what] = torch.cuda.max_memory_reserved()
+    recipe = script.Config(data=options.data)
+    due = recipe.epochs * (len(images[0]) // recipe.batch * recipe.batch)
+    rows = []
+    for what, pairs in times.items():
+        rates = sorted(cfg.batch / whole for whole, _ in pairs)
+        middle = statistics.median(rates)
+        row = {"what": what, "images_per_s": middle, "low": rates[0], "high": rates[-1]}
+        row |= {"ms": 1000 * cfg.batch / middle, "hours": due / middle / 3600}
+        if gpu:
+            busy = busy_time(script, runs[what], spans[what][0], 20)
+            row |= {"idle": busy and 1 - busy * middle / cfg.batch, "peak": peak[what]}
+        elif what.startswith("loop"):
+            costs = sorted(whole / inside - 1 for whole, inside in pairs)
+            row["cost"] = statistics.median(costs), costs[0], costs[-1]
+        rows.append(row)
+    n = options.n_samples or (10_000 if gpu else 16)
+    ddpm = new(script, cfg, shape, device)
+    return {
+        **{"n_feat": cfg.n_feat, "batch": cfg.batch, "images": due, "rows": rows},
+        **roofline(script, cfg, shape, device, allowed),
+        **{"n_samples": n, "samples_per_s": draw(ddpm, shape, n, cfg.batch)},
+    }
+
+
+def best(pair, kind):
+    """Return the most images/s among the rows of a kind: loop, bare or plain."""
+    rows = (row for row in pair["rows"] if row["what"].startswith(kind))
+    return max((row["images_per_s"] for row in rows), default=math.nan)
+
+
+def report(result):
+    """Return the figures of a whole run as text."""
+    copied, product = result["copy_bytes_per_s"], result["matmul_flop_per_s"]
+    lines = ["$ {command}", "{script}, {data}, {shape}, {device}, torch {torch}"]
+    lines = [line.format(**result) for line in lines]
+    lines.append(f"copy {copied / 1e9:.3g} GB/s, matrices {product / 1e12:.3g} TFLOP/s")
+    for pair in result["pairs"]:
+        lines += ["", "n-feat {n_feat}, batch {batch}".format(**pair)]
+        head = f"{'':32}{'images/s':>10}{'(range)':>22}{'ms a step':>11}{'recipe':>11}"
+        lines.append(head + ("    idle      memory" if result["gpu"] else ""))
+        for row in pair["rows"]:
+            spread = "({low:,.1f} to {high:,.1f})".format(**row)
+            line = f"{row['what']:32}{row['images_per_s']:10,.1f}{spread:>22}"
+            line += f"{row['ms']:11.2f}{row['hours']:9.3g} h"
+            if result["gpu"]:
+                idle = row["idle"]
+                line += f"{idle:8.0%}" if idle is not None else f"{'?':>8}"
+                line += f"{row['peak'] / 2**30:8.2f} GiB"
+            if "cost" in row:
+                line += "   cost {:.1%} ({:.1%} to {:.1%})".format(*row["cost"])
+            lines.append(line)
+        quick, bound = best(pair, "loop"), min(pair["bound_flop"], pair["bound_bytes"])
+        lines += [
+            f"loop: {quick / best(pair, 'plain'):.2f} times plain, "
+            f"{quick / best(pair, 'bare'):.0%} of the best bare, "
+            f"{quick / bound:.0%} of the roofline",
+            "roofline: {bound_flop:,.0f} images/s by FLOPs, {bound_bytes:,.0f} by bytes"
+            f" (an image: {pair['flop_image'] / 1e9:.3g} GFLOP, "
+            f"{pair['bytes_image'] / 1e6:.3g} MB)",
+            "DDIM, 50 calls: {samples_per_s:.3g} images/s, {n_samples:,} drawn",
+        ]
+        lines[-2:] = [line.format(**pair) for line in lines[-2:]]
+    return "\n".join(lines)
+
+
+def random_images(n, channels, size):
+    """Return what load_images returns: n random images, and some as held out."""
+    images = torch.randint(256, (n, channels, size, size), dtype=torch.uint8)
+    labels = torch.arange(n) % 10
+    return images, labels, images[:64], labels[:64]
 
 
 def main():
-    cfg = base.parse(sys.argv[1:])
-    cfg = replace(cfg, steps=cfg.steps or 300, quiet=True, sample_every=10**6)
-    base.held_out_loss = lambda *_: {1: 1.0}  # this and the grid come after the loop
-    base.DDPM.sample = lambda self, shape, xt: xt
-    base.DDPM.forward = timed(base.DDPM.forward)
-    torch.Tensor.backward = timed(torch.Tensor.backward)
-    torch.optim.AdamW.zero_grad = timed(torch.optim.AdamW.zero_grad)
-    torch.optim.AdamW.step = timed(torch.optim.AdamW.step)
-    turns = [turn(cfg) for _ in range(5)]
-    costs = [100 * (all_ / bare - 1) for bare, all_ in turns]
-    bare, all_ = (
-        1000 * statistics.median(seconds) for seconds in zip(*turns, strict=True)
-    )
-    size = f"{cfg.image_size}x{cfg.image_size}"
-    print(f"{base.SCRIPT}: {cfg.data} {size}, n-feat {cfg.n_feat}, batch {cfg.batch}")
-    print(f"{bare:.1f} ms a bare step, {all_:.1f} ms with all that the loop does")
-    print(
-        f"cost {statistics.median(costs):.1f} % ({min(costs):.1f} to {max(costs):.1f})"
-    )
+    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    script = importlib.import_module(options.script)
+    cfg = script.parse(["--data", options.data, *rest])
+    cfg = replace(cfg, quiet=True, sample_every=10**6, save_every=10**6)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    if options.data == "digits":
+        images = script.load_images(cfg)
+    else:
+        channels = 1 if options.data in ("mnist", "fashion") else 3
+        images = random_images(options.n_images, channels, cfg.image_size)
+    shape = tuple(images[0].shape[1:])
+    fast = gpu and new(script, cfg, shape, device).bf16
+    allowed = machine(device, torch.bfloat16 if fast else torch.float32)
+    where = torch.cuda.get_device_name() if gpu else "CPU"
+    threads = "" if gpu else f", threads: {torch.get_num_threads()}"
+    result = {
+        "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
+        **{"script": options.script, "data": options.data},
+        **{"shape": "x".join(map(str, shape)), "device": where + threads, "gpu": gpu},
+        "torch": torch.__version__.split("+")[0],
+        **{"copy_bytes_per_s": allowed[0], "matmul_flop_per_s": allowed[1]},
+        "pairs": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        files = plain.write_files(folder, 256)
+        for n_feat in options.n_feats or ((32, 128) if gpu else (cfg.n_feat,)):
+            for batch in options.batches or ((256, 1024) if gpu else (64,)):
+                one = replace(cfg, n_feat=n_feat, batch=batch)
+                found = measure(script, one, images, files, options, device, allowed)
+                result["pairs"].append(found)
+    print(report(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,283 @@
+"""benchmarks/speed.py, plain.py, cost.py: what they count, time and print is true."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+import superminddpm as base
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+cost, plain, speed = map(importlib.import_module, ("cost", "plain", "speed"))
+
+TINY = "--n-feats 8 --batches 4 --steps 2 --turns 2 --n-samples 2 --workers 1"
+
+
+def measured(monkeypatch, capsys, options):
+    """Run speed.py with options; return its JSON and its text."""
+    words = ["speed.py", *options.split(), "--json", "speed.json"]
+    monkeypatch.setattr(sys, "argv", words)
+    speed.main()
+    return json.loads(Path("speed.json").read_text()), capsys.readouterr().out
+
+
+# ---- what is counted ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_flops_of_one_convolution_are_those_of_the_closed_form(asks):
+    """Two for each pixel, tap and pair of channels; the weights' gradient as many, and
+    so the input's, where it is asked for."""
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    x = torch.randn(1, 3, 8, 8, requires_grad=asks)
+    once = 2 * 8 * 8 * 9 * 3 * 5
+    assert cost.flops(lambda n: conv(x).sum()) == once * (3 if asks else 2)
+
+
+def test_activations_of_a_small_net_are_those_counted_by_hand():
+    """conv keeps its input, SiLU its own, the second conv the SiLU's answer, square its
+    input; the weights are not among them, and views count once."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 2, 1))
+    by_hand = 4 * 4 * 4 * (3 + 8 + 8 + 2)
+
+    def loss(n):
+        return net(torch.zeros(n, 3, 4, 4)).square().mean()
+
+    def with_views(n):
+        x = net(torch.zeros(n, 3, 4, 4))
+        return (x * x.flip(-1)[:]).mean() + (x.view(-1) * x.flatten()).mean()
+
+    assert cost.activations(loss) == by_hand
+    # x itself, once for all that keep it, and its mirror image
+    assert cost.activations(with_views) == by_hand + 4 * 4 * 4 * 2
+
+
+def test_the_count_without_data_is_the_count_with_data():
+    net = base.UNet(3, 8)
+    with torch.device("meta"):
+        empty = base.UNet(3, 8)
+    loss, other = (cost.bare_loss(n, (3, 16, 16)) for n in (net, empty))
+    assert cost.flops(loss) == cost.flops(other) > 0
+    kept = cost.activations(loss)
+    assert kept == cost.activations(other) > 0
+
+
+def test_the_model_has_the_bytes_of_what_training_holds():
+    ddpm = base.build(base.Config(n_feat=8), (3, 8, 8))
+    weights, ema = list(ddpm.parameters()), base.copy.deepcopy(ddpm)
+    opt = torch.optim.AdamW(weights, fused=True)
+    ddpm(torch.zeros(2, 3, 8, 8)).backward()
+    opt.step()
+    held = [*weights, *(w.grad for w in weights), *ema.parameters()]
+    held += [x for state in opt.state.values() for x in state.values()]
+    assert cost.model_bytes(weights) == sum(x.nbytes for x in held)
+
+
+def test_hours_follow_from_the_rate(monkeypatch):
+    monkeypatch.setattr(cost, "SIZES", cost.SIZES[:1])
+    rows = cost.table((8,), 2.0)
+    cells = [cell.strip() for cell in rows[2].split("|")[1:-1]]
+    with torch.device("meta"):
+        net = base.UNet(3, 8)
+    images = 80 * 162_770
+    work = images * cost.flops(cost.bare_loss(net, (3, 32, 32)))
+    assert float(cells[-2]) == pytest.approx(work / 1e18, rel=5e-3)
+    assert cells[-1] == f"{work / 2e12 / 3600:,.0f}"
+    assert cost.table((8,), 0)[2].endswith("| not measured |")
+
+
+def test_the_union_of_spans():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        starts = rng.integers(0, 90, 12)
+        spans = [
+            (s, s + d) for s, d in zip(starts, rng.integers(1, 9, 12), strict=True)
+        ]
+        ticks = {tick for start, end in spans for tick in range(start, end)}
+        assert speed.covered(spans) == len(ticks)
+    assert speed.covered([]) == 0
+
+
+# ---- what is timed -----------------------------------------------------------------
+
+
+def test_the_clock_times_the_steps_between_its_marks():
+    """2 steps before, 4 timed, 1 after; 20 ms of each of the 4 are not bare calls."""
+    ddpm = base.build(base.Config(n_feat=8), (1, 8, 8))
+    before = torch.optim.AdamW.step, base.DDPM.forward, torch.Tensor.backward
+    made = []
+
+    def run(n):
+        made.append(n)
+        opt = torch.optim.AdamW(ddpm.parameters())
+        for i in range(n):
+            time.sleep(0.02 if 2 < i <= 6 else 0.3)
+            loss = ddpm(torch.zeros(1, 1, 8, 8))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+
+    whole, inside = speed.step_time(base, run, 2, 4)
+    assert made == [7]
+    assert 0.02 < whole < 0.3 and 0 < inside < whole
+    assert 0.02 <= whole - inside < 0.15
+    after = torch.optim.AdamW.step, base.DDPM.forward, torch.Tensor.backward
+    assert all(a is b for a, b in zip(after[1:], before[1:], strict=True))
+    assert "timed" not in after[0].__qualname__
+
+
+def test_the_loop_and_the_bare_steps_make_the_steps_that_are_asked_for(monkeypatch):
+    steps, step = [], torch.optim.Adam.step
+    cfg = base.Config(n_feat=8, batch=4, quiet=True)
+    images, device = speed.random_images(40, 1, 8), torch.device("cpu")
+
+    def counted(self, *args):
+        steps.append(sum(len(g["params"]) for g in self.param_groups))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    speed.loop(base, cfg, images, 7)
+    speed.bare(base, cfg, (1, 8, 8), device, "eager", False, 5)
+    weights = len(list(base.build(cfg, (1, 8, 8)).parameters()))
+    assert steps == [weights] * 12
+
+
+def test_the_plain_loop_equals_the_same_steps_by_hand():
+    """AdamW and the average are written out here; the weights must agree.
+
+    With n-feat 8 a group of GroupNorm is one channel, the bias before it has a gradient
+    of rounding errors only, and AdamW makes whole steps of them.
+    """
+    ddpm = base.build(base.Config(n_feat=16), (1, 8, 8))
+    torch.nn.init.normal_(ddpm.net.out.weight)
+    own, batches = base.copy.deepcopy(ddpm), torch.rand(3, 4, 1, 8, 8) * 2 - 1
+    torch.manual_seed(1)
+    ema, losses = plain.train(ddpm, batches, lr=1e-3, decay=0.9)
+
+    torch.manual_seed(1)
+    weights = list(own.parameters())
+    average = [w.detach().clone() for w in weights]
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for k, x0 in enumerate(batches, 1):
+        t = torch.randint(1, 1001, (4,))
+        loss = own(x0, t, torch.randn(4, 1, 8, 8))
+        assert loss.item() == pytest.approx(losses[k - 1], rel=1e-4)
+        grads = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for w, g, a, one, two in zip(weights, grads, average, m, v, strict=True):
+                one.copy_(0.9 * one + 0.1 * g)
+                two.copy_(0.999 * two + 0.001 * g * g)
+                slope = one / (1 - 0.9**k)
+                scale = (two / (1 - 0.999**k)).sqrt() + 1e-8
+                w.copy_(w - 1e-3 * (0.01 * w + slope / scale))
+                a.copy_(0.9 * a + 0.1 * w)
+    for a, b in zip(ddpm.parameters(), weights, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    for a, b in zip(ema.parameters(), average, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+def test_the_plain_loop_learns_from_files(tmp_path):
+    files = plain.write_files(tmp_path, 8)
+    assert {Image.open(file).size for file in files} == {(178, 218)}
+    ddpm = base.build(base.Config(n_feat=8), (3, 16, 16))
+    torch.manual_seed(0)
+    _, losses = plain.train_on_files(ddpm, files, (3, 16, 16), 16, 1, 60)
+    assert len(losses) == 60
+    assert losses[0] == pytest.approx(1, abs=0.1)  # the mean of eps is guessed
+    assert np.mean(losses[-10:]) < 0.6
+
+
+def test_a_file_becomes_the_picture_that_the_scripts_decode(tmp_path):
+    """But for the filter of the resize; the mirror image counts as well."""
+    file = plain.write_files(tmp_path, 1)[0]
+    cfg = base.Config(data="celeba")
+    own = np.frombuffer(base.decode(file, cfg), np.uint8).reshape(32, 32, 3)
+    own = torch.tensor(own).permute(2, 0, 1) / 127.5 - 1
+    x = plain.Files([file], 3, (3, 32, 32))[2]
+    nearest = min((x - own).abs().mean(), (x.flip(-1) - own).abs().mean())
+    assert x.shape == own.shape and nearest < 0.03
+
+
+# ---- what is printed ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["--data digits", "superreg --image-size 16"])
+def test_table_and_json_hold_the_same_figures(monkeypatch, capsys, options):
+    options += f" {TINY} --n-images 300"
+    result, text = measured(monkeypatch, capsys, options)
+    assert text == speed.report(result) + "\n"
+    [pair] = result["pairs"]
+    assert [row["what"] for row in pair["rows"]] == ["loop", "bare, eager", "plain"]
+    for row in pair["rows"]:
+        line = next(s for s in text.splitlines() if s.startswith(row["what"] + "  "))
+        shown = line[32:].replace(",", "").split()
+        assert float(shown[0]) == pytest.approx(row["images_per_s"], abs=0.06)
+        assert row["low"] <= row["images_per_s"] <= row["high"]
+        assert row["ms"] == pytest.approx(4000 / row["images_per_s"])
+        hours = pair["images"] / row["images_per_s"] / 3600
+        assert row["hours"] == pytest.approx(hours)
+        assert f"{hours:.3g} h" in line
+    middle, low, high = pair["rows"][0]["cost"]
+    assert 0 < low <= middle <= high and f"cost {middle:.1%}" in text
+    assert pair["samples_per_s"] > 0
+    assert pair["bound_flop"] * pair["flop_image"] == pytest.approx(
+        result["matmul_flop_per_s"]
+    )
+    assert pair["bound_bytes"] * pair["bytes_image"] == pytest.approx(
+        result["copy_bytes_per_s"]
+    )
+    size = 3 if "superreg" in options else 1
+    net = base.UNet(size, 8)
+    assert pair["weights"] == sum(w.numel() for w in net.parameters())
+
+
+def test_every_pair_of_width_and_batch_is_measured(monkeypatch, capsys):
+    options = "--data digits --n-feat 8 16 --batch 2 3 --steps 1 --turns 1"
+    options += " --n-samples 1 --workers 1"
+    result, _ = measured(monkeypatch, capsys, options)
+    pairs = [(pair["n_feat"], pair["batch"]) for pair in result["pairs"]]
+    assert pairs == [(8, 2), (8, 3), (16, 2), (16, 3)]
+
+
+def test_the_recipe_of_celeba_is_13_million_images():
+    recipe = base.Config(data="celeba")
+    images = recipe.epochs * (162_770 // recipe.batch * recipe.batch)
+    assert images == 13_004_800 and speed.Options().n_images == 162_770
+
+
+def test_the_stored_table_is_that_of_the_stored_figures():
+    results = ROOT / "benchmarks" / "results"
+    result = json.loads((results / "speed.json").read_text())
+    assert speed.report(result) in (results / "speed.txt").read_text()
+    assert not math.isnan(speed.best(result["pairs"][0], "loop"))
+
+
+def test_the_rows_of_a_gpu():
+    """In a process of its own, as the others see no GPU."""
+    own = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    python = partial(subprocess.run, env=own, capture_output=True, text=True)
+    ask = "import torch; print(torch.cuda.is_available())"
+    if "True" not in python([sys.executable, "-c", ask]).stdout:
+        pytest.skip("no GPU: speed.py's rows, idle time and memory there are untried")
+    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), *TINY.split()]
+    done = python([*command, "--n-images", "300", "--json", "speed.json"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(Path("speed.json").read_text())
+    [pair] = result["pairs"]
+    assert len(pair["rows"]) == 9
+    for row in pair["rows"]:
+        assert row["images_per_s"] > 0 and row["peak"] > 0
+        assert row["idle"] is None or -0.1 < row["idle"] < 1
