@@ -5,10 +5,16 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed.run
+import tyro
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
@@ -39,7 +45,6 @@ def test_the_readme_has_commands_to_check():
 
 
 def test_the_table_of_the_ideas_is_what_was_measured():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     compare = importlib.import_module("compare")
     results = ROOT / "benchmarks" / "results" / "compare-digits.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -62,7 +67,8 @@ def test_ci_does_what_the_readme_says():
 
 
 def test_every_link_of_the_documents_leads_somewhere():
-    for name in ("README.md", "README_zh.md", "CONTRIBUTING.md", "tests/README.md"):
+    names = "README.md README_zh.md CONTRIBUTING.md tests/README.md benchmarks/SCALE.md"
+    for name in names.split():
         text, folder = (ROOT / name).read_text(encoding="utf-8"), (ROOT / name).parent
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("https://") or (folder / link).exists(), link
@@ -91,6 +97,70 @@ def test_every_requirement_has_a_lower_bound_and_a_reason():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     for line in (line for line in lines if line and not line.startswith("#")):
         assert re.fullmatch(r"[a-z-]+>=[\d.]+\s+# .+", line), line
+
+
+# ---- benchmarks/SCALE.md -----------------------------------------------------------
+
+SCALE = (ROOT / "benchmarks" / "SCALE.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"```sh\n(.*?)```", SCALE, re.S)
+AT_SCALE = [
+    line for line in "".join(SHELL).replace("\\\n", " ").splitlines() if ".py" in line
+]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("line", AT_SCALE)
+def test_every_command_of_the_page_on_scale_parses(line):
+    """Those of the scripts, of the benchmarks, and torchrun's own options."""
+    words = shlex.split(line)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, options = words[at].split("/")[-1].removesuffix(".py"), words[at + 1 :]
+    if SCRIPT.search(line):
+        keep = [
+            k for k, o in enumerate(options) if "--resume" not in (o, options[k - 1])
+        ]
+        assert importlib.import_module(script).parse([options[k] for k in keep])
+    else:
+        tyro.cli(importlib.import_module(script).Options, args=options)
+    if "torchrun" in words:
+        own = words[words.index("torchrun") + 1 :]
+        args = torch.distributed.run.get_args_parser().parse_args(own)
+        assert args.training_script == words[at]
+
+
+def test_the_page_on_scale_has_commands_to_check_and_bash_reads_its_job(tmp_path):
+    assert len(AT_SCALE) >= 8 and sum("torchrun" in line for line in AT_SCALE) == 3
+    [job] = [block for block in SHELL if block.startswith("#!/bin/bash")]
+    (tmp_path / "job").write_text(job)
+    assert subprocess.run(["bash", "-n", tmp_path / "job"]).returncode == 0
+    nodes = re.search(r"gpus-per-node=(\d+)", job)[1]
+    assert f"--nproc_per_node={nodes} " in job and "--ntasks-per-node=1\n" in job
+
+
+def test_the_costs_on_paper_are_those_of_cost_py():
+    """As stored, and as counted anew."""
+    cost = importlib.import_module("cost")
+    text = (RESULTS / "cost.txt").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in SCALE and len(rows) == 14
+    sizes = cost.SIZES[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "SIZES", sizes)
+        assert cost.table((32, 64, 128), 0) == rows[:5]
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    result = json.loads((RESULTS / "speed.json").read_text())
+    [pair] = result["pairs"]
+    row = f"| {result['device']} | {pair['n_feat']} | {pair['batch']} |"
+    for kind in ("loop", "bare, eager", "plain"):
+        one = next(one for one in pair["rows"] if one["what"] == kind)
+        row += f" {one['images_per_s']:.1f} |"
+    row += " {:.1%} ({:.1%} to {:.1%}) |".format(*pair["rows"][0]["cost"])
+    assert row in SCALE.splitlines()
+    assert (
+        SCALE.count("| GPU | ") == 4 == SCALE.count("| not measured | not measured |")
+    )
 
 
 # ---- README_zh.md says the same as README.md ---------------------------------------
