@@ -2,14 +2,27 @@
 
     python benchmarks/compare.py                 digits, 3 seeds: about an hour on a CPU
     python benchmarks/compare.py --arms base curriculum --seeds 5
+    python benchmarks/compare.py --steps 550     another budget: a third of the recipe
+    python benchmarks/compare.py --steps 550 --equal time
+    python benchmarks/compare.py --data celeba --decay True --n-samples 1000 --curve 4
 
-An arm is a script with options. Arms see equally many images, and at the same step the
-same ones with the same noise; for one seed they start from equal weights. So runs with
-one seed form a pair. What is compared is the held-out loss of the averaged weights, the
-mean over ten fixed noise levels, each with fixed noise, and by noise level.
+An arm is a script with options. At the same step all arms see the same images with the
+same noise; for one seed they start from equal weights. So runs with one seed form a
+pair. What is compared is the held-out loss of the averaged weights, the mean over ten
+fixed noise levels, each with fixed noise, and by noise level; and with --n-samples the
+distances of drawn to real images by measures.py, with averaged and with raw weights.
+They are drawn by DDIM with 50 calls, for one seed from the same x_T in all arms. Beside
+them stands the floor, what as many held-out images score.
 
-Each finished run is a line of benchmarks/results/compare-DATA.jsonl; a second call does
-only what is missing, also after a kill. The tables go to compare-DATA.txt.
+All arms get equally many images, and with --equal time the steps that take as long as
+base: those of base over the cost of the arm. The cost is the time of its training over
+that of base, the median of the pairs at equal images (processor time; with a GPU wall
+time, so leave the machine alone). A cost within 2 % of 1 counts as 1.
+
+Each finished run is a line of benchmarks/results/compare-NAME.jsonl, where NAME is the
+data set or --name; a second call does only what is missing, also after a kill. The
+tables go to compare-NAME.txt, and some images that the runs of seed 0 drew, never real
+ones, to compare-NAME.npz.
 
 The verdict on an arm, by a rule fixed beforehand: with d the difference to base within
 pairs, an arm is better or worse if |mean d| > q se(d), where q is the 97.5 % quantile
@@ -383,7 +396,9 @@ def compare(options):
     kinds = {
         (x["steps"], x["decay"], x.get("equal", "images")) for x in lines if "arm" in x
     }
-    text = [f"python benchmarks/compare.py --data {options.data}"]
+    kept = {name: value for line in lines for name, value in line.items()}
+    about = kept.get("protocol", {}) | {"images drawn": kept.get("n_samples", 0)}
+    text = [", ".join(f"{name} {value}" for name, value in about.items())]
     text += [table(lines, *kind) for kind in sorted(kinds)]
     text = "\n\n\n".join(text) + "\n"
     results.with_suffix(".txt").write_text(text)

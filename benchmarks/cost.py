@@ -116,7 +116,7 @@ def table(n_feats, tflops):
                 net = base.UNet(3, n_feat)
             weights, loss = list(net.parameters()), bare_loss(net, shape)
             one, millions = flops(loss), sum(w.numel() for w in weights) / 1e6
-            hours = f"{images * one / tflops / 3.6e15:,.0f}" if tflops else NOT_MEASURED
+            hours = f"{images * one / tflops / 3.6e15:.2g}" if tflops else NOT_MEASURED
             rows.append(
                 f"{data} {size}x{size} | {n_feat} | {millions:.2f} | "
                 f"{one / 1e9:.2f} | {model_bytes(weights) / 2**20:.1f} | "
@@ -128,10 +128,11 @@ def table(n_feats, tflops):
 
 def report(options):
     """Return the whole output as text."""
-    tflops = options.tflops or (options.speed and measured_rate(options.speed)) or 0
-    said = f" --tflops {tflops:g}" if options.tflops else ""
-    said += f" --speed {options.speed}" if options.speed and not said else ""
-    lines = [f"$ python benchmarks/cost.py{said}", *table(options.n_feats, tflops), ""]
+    if options.tflops and options.speed:
+        raise ValueError("--tflops or --speed, not both")
+    tflops = measured_rate(options.speed) if options.speed else options.tflops
+    command = " ".join(["$ python benchmarks/cost.py", *sys.argv[1:]])
+    lines = [command, *table(options.n_feats, tflops), ""]
     lines += [
         f"{EPOCHS} passes over the official training part of each set: the recipe of",
         "celeba; for ImageNet a choice, no recipe. Model and activations in float32;",
@@ -141,4 +142,7 @@ def report(options):
 
 
 if __name__ == "__main__":
-    print(report(tyro.cli(Options, description=__doc__)))
+    try:
+        print(report(tyro.cli(Options, description=__doc__)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"cost.py: {error}")

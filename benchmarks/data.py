@@ -7,7 +7,7 @@ Makes JPEG files as CelebA's are, 178x218 and about 6 kB, in a temporary folder:
 different ones, linked under all of the official names. Linux only, for its /proc. The
 files come from the memory, not from a disk. Each line is a process of its own:
 
- - decoding of 3000 files by 1, 2, 4 ... threads, three times;
+ - decoding of 4024 files by 1, 2, 4 ... threads, three times;
  - the first start of --data celeba, which decodes what is trained on or held out, and
    the second, which maps the cache: seconds by the clock and of processor time, and the
    memory at its peak. Anonymous memory is what cannot be dropped when memory is short;
