@@ -427,12 +427,13 @@ def join_processes():
             )
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        wait = timedelta(hours=2)  # others wait while one decodes a large data set
         store = next(dist.rendezvous("env://"))[0]
+        store.set_timeout(wait)
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # torchrun keeps its store over a restart, with the addresses of the dead
             store = dist.PrefixStore(os.environ.get(RESTARTS, "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        wait = timedelta(hours=2)  # others wait while one decodes a large data set
         group = {"rank": rank, "world_size": world, "store": store, "timeout": wait}
         dist.init_process_group(backend, **group)
     return device, rank, world

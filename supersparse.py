@@ -529,7 +529,7 @@ class Curriculum:
             return t
         where = torch.rand(len(t), generator=rng("cpu", self.cfg.seed, step, *key, 6))
         drawn = torch.searchsorted(p.cumsum(0), where.double(), right=True) + 1
-        return drawn.clamp(max=len(p)).to(t.device)
+        return drawn.clamp(max=len(p)).to(t.device, non_blocking=True)
 
     def pace(self, step):
         """End the stage before this step, an epoch's first, if its loss has stalled."""
@@ -692,12 +692,13 @@ def join_processes():
             )
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        wait = timedelta(hours=2)  # others wait while one decodes a large data set
         store = next(dist.rendezvous("env://"))[0]
+        store.set_timeout(wait)
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # torchrun keeps its store over a restart, with the addresses of the dead
             store = dist.PrefixStore(os.environ.get(RESTARTS, "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        wait = timedelta(hours=2)  # others wait while one decodes a large data set
         group = {"rank": rank, "world_size": world, "store": store, "timeout": wait}
         dist.init_process_group(backend, **group)
     return device, rank, world

@@ -330,6 +330,7 @@ def agree(options, results):
     module, cfg = configure(options, {"arm": "base", "seed": 0, "decay": True})
     kept = {name: value for line in read(results) for name, value in line.items()}
     protocol = {name: getattr(cfg, name) for name in ("data", *FIXED)}
+    protocol["device"] = "cuda" if torch.cuda.is_available() else "cpu"  # other noise
     if kept.get("protocol", protocol) != protocol:
         other = f"{results.name} was made with {kept['protocol']}"
         raise ValueError(f"{other}: --name gives this one a file of its own")

@@ -16,9 +16,12 @@ not made again; the table goes to objectives.txt.
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all runs on one kind of device
 
 import numpy as np
 import torch

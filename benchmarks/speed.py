@@ -243,12 +243,8 @@ def rows_of(script, cfg, images, files, options, device):
         runs["bare, compiled"] = partial(step, "default", False)
     runs["bare, eager"] = partial(step, "eager", False)
     if gpu:
-        runs["bare, CUDA graphs"] = partial(step, "reduce-overhead", False)
         runs["bare, eager, channels last"] = partial(step, "eager", True)
         runs["bare, compiled, channels last"] = partial(step, "default", True)
-        runs["bare, CUDA graphs, channels last"] = partial(
-            step, "reduce-overhead", True
-        )
     if options.data in ("celeba", "folder") and len(shape) == 3:  # files; no clips
         precise = replace(cfg, bf16=False)
 
@@ -257,6 +253,10 @@ def rows_of(script, cfg, images, files, options, device):
             plain.train_on_files(ddpm, files, shape, cfg.batch, options.workers, n)
 
         runs["plain"] = run_plain
+    if gpu:  # last, since their memory stays reserved
+        graph = partial(step, "reduce-overhead")
+        runs["bare, CUDA graphs"] = partial(graph, False)
+        runs["bare, CUDA graphs, channels last"] = partial(graph, True)
     return runs
 
 
@@ -277,56 +277,77 @@ def roofline(script, cfg, shape, device, allowed):
     }
 
 
+def forget_compiled():
+    """Drop compiled code: a second batch size would be compiled for any size."""
+    torch.compiler.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
+
+
+def times_of(script, cfg, runs, spans, options, gpu):
+    """Return {what: [step_time]} over the turns, and {what: peak of the memory}.
+
+    What cannot be compiled or does not fit into the memory is named and left out.
+    """
+    times, peak = {what: [] for what in runs}, {}
+    for turn in range(-1 if gpu else 0, options.turns):  # -1: to warm up
+        for what in list(times):
+            gc.collect()
+            if gpu and turn < 0:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                both = step_time(script, runs[what], *spans[what])
+            except Exception as error:  # compilers raise nearly anything
+                needed = "compile" not in what and "graphs" not in what
+                if needed and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                why = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+                print(f"n-feat {cfg.n_feat}, batch {cfg.batch}, {what}: {why}")
+                del times[what]
+                continue
+            if turn >= 0:
+                times[what].append(both)
+            elif gpu:
+                peak[what] = torch.cuda.max_memory_reserved()
+    return times, peak
+
+
 def measure(script, cfg, images, files, options, device, allowed):
-    """Return the figures of one network and batch, as a dict for JSON."""
+    """Return the figures of one network and batch, as a dict for JSON.
+
+    And functions {what: busy_time}, to be called when all pairs have been timed: a GPU
+    may be slower once the profiler has run.
+    """
     gpu, shape = device.type == "cuda", images[0].shape[1:]
     if gpu or options.compiled:
-        torch.compiler.reset()  # else a second batch size is compiled for any size
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
+        forget_compiled()
     runs = rows_of(script, cfg, images, files, options, device)
     first, count = (20, options.steps or 100) if gpu else (2, options.steps or 10)
     several = max(1, options.workers)  # they deliver in bursts: time whole rounds
     spans = dict.fromkeys(runs, (first, count))
     spans["plain"] = max(first, several), math.ceil(count / several) * several
-    times, peak = {what: [] for what in runs}, {}
-    for turn in range(-1 if gpu else 0, options.turns):  # -1: to warm up
-        for what in list(runs):
-            gc.collect()
-            if gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                both = step_time(script, runs[what], *spans[what])
-            except torch.OutOfMemoryError:
-                print(f"n-feat {cfg.n_feat}, batch {cfg.batch}, {what}: out of memory")
-                del runs[what], times[what]
-                continue
-            if turn >= 0:
-                times[what].append(both)
-            if gpu:
-                peak[what] = torch.cuda.max_memory_reserved()
+    times, peak = times_of(script, cfg, runs, spans, options, gpu)
     recipe = script.Config(data=options.data)
     due = recipe.epochs * (len(images[0]) // recipe.batch * recipe.batch)
-    rows = []
+    rows, busy = [], {}
     for what, pairs in times.items():
         rates = sorted(cfg.batch / whole for whole, _ in pairs)
         middle = statistics.median(rates)
         row = {"what": what, "images_per_s": middle, "low": rates[0], "high": rates[-1]}
         row |= {"ms": 1000 * cfg.batch / middle, "hours": due / middle / 3600}
         if gpu:
-            busy = busy_time(script, runs[what], spans[what][0], 20)
-            row |= {"idle": busy and 1 - busy * middle / cfg.batch, "peak": peak[what]}
+            row |= {"idle": None, "peak": peak[what]}
+            busy[what] = partial(busy_time, script, runs[what], spans[what][0], 20)
         elif what.startswith("loop"):
             costs = sorted(whole / inside - 1 for whole, inside in pairs)
             row["cost"] = statistics.median(costs), costs[0], costs[-1]
         rows.append(row)
     n = options.n_samples or (10_000 if gpu else 16)
     ddpm = new(script, cfg, shape, device)
-    return {
-        **{"n_feat": cfg.n_feat, "batch": cfg.batch, "images": due, "rows": rows},
-        **roofline(script, cfg, shape, device, allowed),
-        **{"n_samples": n, "samples_per_s": draw(ddpm, shape, n, cfg.batch)},
-    }
+    pair = {"n_feat": cfg.n_feat, "batch": cfg.batch, "images": due, "rows": rows}
+    pair |= roofline(script, cfg, shape, device, allowed)
+    pair |= {"n_samples": n, "samples_per_s": draw(ddpm, shape, n, cfg.batch)}
+    return pair, busy
 
 
 def best(pair, kind):
@@ -374,7 +395,8 @@ def report(result):
 
 def random_images(n, channels, size):
     """Return what load_images returns: n random images, and some as held out."""
-    images = torch.randint(256, (n, channels, size, size), dtype=torch.uint8)
+    images = torch.randint(256, (n, size, size, channels), dtype=torch.uint8)
+    images = images.permute(0, 3, 1, 2)  # the layout in memory of real ones
     labels = torch.arange(n) % 10
     return images, labels, images[:64], labels[:64]
 
@@ -405,16 +427,26 @@ def main():
         **{"copy_bytes_per_s": allowed[0], "matmul_flop_per_s": allowed[1]},
         "pairs": [],
     }
+    keep = Path(options.json).write_text if options.json else lambda text: None
     with tempfile.TemporaryDirectory() as folder:
-        files = plain.write_files(folder, 256)
+        files, later = plain.write_files(folder, 256), []
         for n_feat in options.n_feats or ((32, 128) if gpu else (cfg.n_feat,)):
             for batch in options.batches or ((256, 1024) if gpu else (64,)):
                 one = replace(cfg, n_feat=n_feat, batch=batch)
-                found = measure(script, one, images, files, options, device, allowed)
-                result["pairs"].append(found)
+                pair, busy = measure(
+                    script, one, images, files, options, device, allowed
+                )
+                result["pairs"].append(pair)
+                later.append(busy)
+                keep(json.dumps(result, indent=1) + "\n")
+        for pair, busy in zip(result["pairs"], later, strict=True):
+            if gpu:
+                forget_compiled()
+            for row in (row for row in pair["rows"] if row["what"] in busy):
+                seconds, rate = busy[row["what"]](), row["images_per_s"]
+                row["idle"] = seconds and 1 - seconds * rate / pair["batch"]
     print(report(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    keep(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
