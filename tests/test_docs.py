@@ -15,10 +15,12 @@ import tyro
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
 BOTH = README, CHINESE
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines()]
 SCRIPT = re.compile(r"\b(super\w+)\.py\b")
@@ -45,9 +47,8 @@ def test_the_readme_has_commands_to_check():
 
 
 def test_the_table_of_the_ideas_is_what_was_measured():
-    compare = importlib.import_module("compare")
-    results = ROOT / "benchmarks" / "results" / "compare-digits.jsonl"
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    results = RESULTS / "compare-digits.jsonl"
+    lines = compare.read(results)
     columns = [(False, "held_loss"), (True, "held_loss")]
     rows = compare.readme_rows(lines, 0, columns)
     assert len(rows) == len(compare.ARMS)
@@ -56,6 +57,21 @@ def test_the_table_of_the_ideas_is_what_was_measured():
     text = results.with_suffix(".txt").read_text()
     for decay in (False, True):
         assert compare.table(lines, 0, decay) in text
+
+
+@pytest.mark.parametrize("name, steps", [("mnist", 500), ("faces16", 2000)])
+def test_the_tables_of_larger_images_are_what_was_measured(name, steps):
+    results = RESULTS / f"compare-{name}.jsonl"
+    lines = compare.read(results)
+    rows = compare.readme_rows(
+        lines, steps, [(True, "held_loss"), (True, "frechet net")]
+    )
+    assert len(rows) >= 5
+    for row in rows:
+        assert row in README.splitlines() and row in CHINESE.splitlines()
+    floor = next(line["floor"] for line in lines if "floor" in line)["frechet net"]
+    assert f"{floor:.3f}" in README
+    assert compare.table(lines, steps, True) in results.with_suffix(".txt").read_text()
 
 
 def test_ci_does_what_the_readme_says():
@@ -106,7 +122,6 @@ SHELL = re.findall(r"```sh\n(.*?)```", SCALE, re.S)
 AT_SCALE = [
     line for line in "".join(SHELL).replace("\\\n", " ").splitlines() if ".py" in line
 ]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize("line", AT_SCALE)
