@@ -222,7 +222,8 @@ def verdict(difference):
 def pick(lines, steps, decay, equal="images"):
     """Return {arm: {seed: line}} of a budget and learning rate.
 
-    At equal time, an arm that costs what base does keeps its runs at equal images.
+    At equal time, an arm that costs what base does keeps its runs at equal images; one
+    whose cost is not known is left out.
     """
     runs = {}
     for kind in ("images", "time") if equal == "time" else ("images",):
@@ -230,6 +231,13 @@ def pick(lines, steps, decay, equal="images"):
             about = (line["steps"], line["decay"], line.get("equal", "images"))
             if about == (steps, decay, kind):
                 runs.setdefault(line["arm"], {})[line["seed"]] = line
+    if equal == "time":
+        base = runs.get("base", {})
+        timed = {line["arm"] for line in lines if line.get("equal") == "time"}
+        for arm in runs.keys() - timed:
+            ratio = cost(runs[arm], base)
+            if arm != "base" and (ratio is None or abs(ratio - 1) > LIMIT):
+                del runs[arm]
     return {arm: runs[arm] for arm in ARMS if arm in runs}
 
 

@@ -173,6 +173,8 @@ def test_the_table_of_speed_is_what_was_measured():
         row += f" {one['images_per_s']:.1f} |"
     row += " {:.1%} ({:.1%} to {:.1%}) |".format(*pair["rows"][0]["cost"])
     assert row in SCALE.splitlines()
+    figures = row.split(f"| {pair['batch']} |")[1]
+    assert any(line.endswith(figures) for line in README.splitlines())
     assert (
         SCALE.count("| GPU | ") == 4 == SCALE.count("| not measured | not measured |")
     )
