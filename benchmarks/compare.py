@@ -3,7 +3,8 @@
     python benchmarks/compare.py                 digits, 3 seeds: about an hour on a CPU
     python benchmarks/compare.py --arms base curriculum --seeds 5
     python benchmarks/compare.py --steps 550     another budget: a third of the recipe
-    python benchmarks/compare.py --steps 550 --equal time
+    python benchmarks/compare.py --steps 550 --decay True --equal time \\
+        --arms curriculum "sparse gradient" "reg prox"
     python benchmarks/compare.py --data celeba --decay True --n-samples 1000 --curve 4
 
 An arm is a script with options. At the same step all arms see the same images with the

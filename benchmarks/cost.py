@@ -103,6 +103,12 @@ def measured_rate(path):
     )
 
 
+def in_hours(seconds):
+    """Return seconds as hours, with two digits where they are few."""
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+
+
 def table(n_feats, tflops):
     """Return the rows of the table, in Markdown."""
     rate = f"hours at {tflops:.3g} TFLOP/s" if tflops else "hours"
@@ -116,7 +122,7 @@ def table(n_feats, tflops):
                 net = base.UNet(3, n_feat)
             weights, loss = list(net.parameters()), bare_loss(net, shape)
             one, millions = flops(loss), sum(w.numel() for w in weights) / 1e6
-            hours = f"{images * one / tflops / 3.6e15:.2g}" if tflops else NOT_MEASURED
+            hours = in_hours(images * one / tflops / 1e12) if tflops else NOT_MEASURED
             rows.append(
                 f"{data} {size}x{size} | {n_feat} | {millions:.2f} | "
                 f"{one / 1e9:.2f} | {model_bytes(weights) / 2**20:.1f} | "

@@ -1,7 +1,6 @@
 """benchmarks/compare.py: fair pairs, resumable, verdicts by the stated rule."""
 
 import csv
-import json
 import sys
 import time
 
@@ -149,7 +148,13 @@ def test_a_table_says_what_its_lines_say():
     for arm, mean, d, word in said:
         row = next(row for row in text.splitlines() if row.startswith(f"{arm} "))
         assert f"{mean:.4f}" in row and f"{d:+.4f}" in row and row.endswith(word)
-    assert json.loads(json.dumps(known)) == known
+
+
+def test_stored_results_say_how_they_were_made():
+    """So that the same command goes on with them and another one is refused."""
+    for path in (ROOT / "benchmarks" / "results").glob("compare-*.jsonl"):
+        (protocol,) = [x["protocol"] for x in compare.read(path) if "protocol" in x]
+        assert protocol.keys() == {"data", "device", *compare.FIXED}, path
 
 
 def test_every_arm_is_a_script_with_options_that_fit():
