@@ -18,7 +18,6 @@ is x_t plus what the network adds; x0_hat is clipped. Order, t and noise depend 
 import copy
 import io
 import json
-import math
 import os
 import sys
 import warnings
@@ -157,7 +156,7 @@ class DDPM(nn.Module):
         super().__init__()
         self.net, self.T = net, T
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
-        abar = (place * math.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
+        abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
         beta = F.pad((1 - abar[1:] / abar[:-1]).clamp(max=0.999), (1, 0))
         self.register_buffer("beta", beta.float())
         self.register_buffer("alphabar", (1 - beta).cumprod(0).float())
@@ -346,7 +345,7 @@ def train(cfg):
         seen.append(loss.detach())
         opt.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or math.inf)
+        nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)
         opt.param_groups[0]["lr"] = lr
         opt.step()
