@@ -14,9 +14,9 @@ Mind:
  1. `--reg penalty` adds Omega to the loss. Adam follows a subgradient and oscillates
     about 0: no filter ever becomes exactly 0, so this is sparsity in name only.
  2. `--reg prox` takes Adam's step for the MSE alone, then the proximal operator of
-    eta lambda Omega: w (1 - eta lambda / |w|)_+, which gives zeros. Adam has a step size
-    for each weight; here a filter of n weights has one, eta = lr / sqrt(mean v_hat +
-    lambda^2 / n), where lambda^2 / n is the mean square of the penalty's own gradient.
+    eta lambda Omega: w (1 - eta lambda / |w|)_+, which gives zeros. Adam has a step
+    size for each weight; here a filter of n weights has one, eta = lr / sqrt(mean v_hat
+    + lambda^2 / n), where lambda^2 / n is the mean square of the penalty's gradient.
     Without it, filters that have had no gradient yet would be emptied at step 1. (Equal
     step sizes in a group: Yun, Lozano and Yang 2021, arXiv:2007.07639.)
  3. Most filters feed a GroupNorm, which undoes a common shrink: there Omega moves scale

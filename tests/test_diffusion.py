@@ -1,21 +1,21 @@
-"""The schedule, the loss and the samplers, against diffusers and closed forms."""
+"""The network, the schedule, the loss and the sampler, against diffusers and formulas."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from superminddpm import DDPM
+from superminddpm import DDPM, UNet
 
 
 class Fixed(torch.nn.Module):
-    """A network that answers with a given function of (xt, t)."""
+    """A network whose eps_hat, that is x_t plus its output, is a function of (xt, t)."""
 
     def __init__(self, answer):
         super().__init__()
         self.answer = answer
 
     def forward(self, xt, t):
-        return self.answer(xt, t)
+        return self.answer(xt, t) - xt
 
 
 def wave(xt, t):
@@ -25,64 +25,116 @@ def wave(xt, t):
 
 def peer(kind, T, **options):
     """Return a scheduler of diffusers with our betas."""
-    scale = 1000 / T
-    betas = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
-    return kind(num_train_timesteps=T, beta_schedule="linear", **betas, **options)
+    schedule = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
+    return kind(num_train_timesteps=T, **schedule, **options)
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the network ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 12), (1, 28), (4, 32)])
+def test_an_untrained_network_says_that_all_of_it_is_noise(channels, size):
+    xt = normal(0, 2, channels, size, size)
+    ddpm = DDPM(UNet(channels, 8))
+    assert torch.equal(ddpm.eps_hat(xt, torch.tensor([1, 1000])), xt)
+
+
+def test_the_time_reaches_every_block_and_the_bottleneck():
+    net = UNet(1, 8)
+    torch.nn.init.normal_(net.out.weight)
+    net(normal(0, 2, 1, 8, 8), torch.tensor([3, 700])).square().sum().backward()
+    films = [p for name, p in net.named_parameters() if "film.weight" in name]
+    assert len(films) == 6
+    assert all(p.grad.abs().sum() > 0 for p in [*films, net.vec_time.weight])
+
+
+def test_the_bottleneck_is_a_vector_that_matters():
+    net = UNet(3, 8)
+    torch.nn.init.normal_(net.out.weight)
+    xt, t = normal(0, 2, 3, 16, 16), torch.tensor([5, 5])
+    before = net(xt, t)
+    torch.nn.init.zeros_(net.up0.weight)
+    assert net.to_vec.out_channels == 2 * 8 and not torch.allclose(before, net(xt, t))
+
+
+def test_images_of_a_batch_do_not_mix():
+    net = UNet(1, 8)
+    torch.nn.init.normal_(net.out.weight)
+    xt, t = normal(0, 3, 1, 8, 8), torch.tensor([1, 50, 900])
+    alone = net(xt[1:2], t[1:2])
+    torch.testing.assert_close(net(xt, t)[1:2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_it_stays_about_as_small_as_the_plain_one():
+    assert 0.5e6 < sum(p.numel() for p in UNet(3, 32).parameters()) < 1.1e6
+
+
+# ---- the schedule and the loss -------------------------------------------------------
 
 
 @pytest.mark.parametrize("T", [100, 200, 500, 1000])
 def test_schedule_equals_diffusers(T):
     ddpm, theirs = DDPM(None, T), peer(DDPMScheduler, T)
-    torch.testing.assert_close(
-        ddpm.alphabar[1:], theirs.alphas_cumprod, atol=1e-6, rtol=1e-4
-    )
-    torch.testing.assert_close(ddpm.beta[1:], theirs.betas, atol=1e-7, rtol=1e-5)
-    assert ddpm.alphabar[0] == 1 and ddpm.beta[0] == 0 and len(ddpm.alpha) == T + 1
-    assert ddpm.alphabar[-1] < 1e-4  # x_T is noise, whatever T
+    torch.testing.assert_close(ddpm.beta[1:], theirs.betas, atol=1e-6, rtol=1e-4)
+    ab = theirs.alphas_cumprod.double()
+    torch.testing.assert_close(ddpm.alphabar[1:].double(), ab, atol=1e-6, rtol=2e-4)
+    assert ddpm.alphabar[0] == 1 and ddpm.beta[0] == 0 and len(ddpm.beta) == T + 1
+    assert 0 < ddpm.alphabar[-1] < 1e-6  # x_T is noise, whatever T
 
 
 def test_q_sample_has_the_moments_of_eq_4():
     ddpm = DDPM(None, 1000)
     x0 = torch.full((200_000, 1, 1, 1), 0.7)
     for step in (1, 250, 1000):
-        t = torch.full((len(x0),), step)
-        xt = ddpm.q_sample(x0, t, torch.randn(x0.shape, generator=torch.manual_seed(0)))
+        xt = ddpm.q_sample(x0, torch.full((len(x0),), step), normal(0, *x0.shape))
         ab = ddpm.alphabar[step].item()
         assert xt.mean().item() == pytest.approx(0.7 * ab**0.5, abs=4 / 200_000**0.5)
         assert xt.var().item() == pytest.approx(1 - ab, rel=0.02)
     assert torch.equal(ddpm.q_sample(x0, torch.zeros(len(x0), dtype=int), x0 * 9), x0)
 
 
-@pytest.mark.parametrize("step", [1000, 999, 500, 2, 1])
-def test_p_sample_equals_diffusers_ddpm(step):
+def test_the_loss_is_the_mean_squared_error_of_eps():
+    ddpm = DDPM(Fixed(lambda xt, t: 0.5 * xt), 1000)
+    x0, eps = normal(0, 6, 3, 4, 4).tanh(), normal(1, 6, 3, 4, 4)
+    t = torch.tensor([1, 10, 100, 500, 999, 1000])
+    a = ddpm.alphabar[t].double().view(-1, 1, 1, 1)
+    by_hand = ((0.5 * (a.sqrt() * x0 + (1 - a).sqrt() * eps) - eps) ** 2).mean()
+    assert ddpm(x0, t, eps).item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+# ---- sampling ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [999, 500, 2, 1])
+def test_eta_1_from_t_to_t_minus_1_is_algorithm_2(step):
+    """The formula as the paper prints it, and diffusers, both with beta-tilde."""
     ddpm = DDPM(Fixed(wave), 1000)
-    theirs = peer(DDPMScheduler, 1000, variance_type="fixed_large", clip_sample=True)
-    torch.manual_seed(0)
-    xt, t = torch.randn(4, 3, 8, 8), torch.full((4,), step)
-    ours = ddpm.p_sample(xt, t, generator=torch.Generator().manual_seed(1))
+    xt, z, t = normal(0, 4, 3, 8, 8), normal(1, 4, 3, 8, 8), torch.full((4,), step)
+    ours = ddpm.p_sample(xt, t, t - 1, 1.0, z)
+    theirs = peer(DDPMScheduler, 1000, variance_type="fixed_small")
     g = torch.Generator().manual_seed(1)
     want = theirs.step(wave(xt, t), step - 1, xt, generator=g).prev_sample
-    # at t = 1, float32 knows 1 - alphabar = 1e-4 to 6e-4 of itself
-    torch.testing.assert_close(ours, want, atol=6e-4 if step == 1 else 2e-5, rtol=1e-4)
+    # at t = 1, float32 knows 1 - alphabar to about 1e-3 of itself
+    near = {"atol": 2e-3 if step == 1 else 5e-5, "rtol": 1e-4}
+    torch.testing.assert_close(ours, want, **near)
+    beta, ab, before = ddpm.beta[step], ddpm.alphabar[step], ddpm.alphabar[step - 1]
+    _, eps_hat = ddpm.predict(xt, t)
+    mean = (xt - beta / (1 - ab).sqrt() * eps_hat) / (1 - beta).sqrt()
+    paper = mean + (beta * (1 - before) / (1 - ab)).sqrt() * z
+    torch.testing.assert_close(ours, paper, **near)
 
 
-def test_p_sample_has_variance_beta_and_adds_nothing_at_the_last_step():
-    ddpm = DDPM(Fixed(wave), 1000)
-    xt = torch.full((100_000, 1, 1, 1), 0.3)
-    for step in (1000, 400, 2):
-        noisy = ddpm.p_sample(xt, torch.full((len(xt),), step))
-        assert noisy.var().item() == pytest.approx(ddpm.beta[step].item(), rel=0.03)
-    last = [ddpm.p_sample(xt[:5], torch.ones(5, dtype=int)) for _ in range(2)]
-    assert torch.equal(*last)
-
-
-@pytest.mark.parametrize("steps", [4, 10, 50])
+@pytest.mark.parametrize("steps", [4, 50])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_trajectory_equals_diffusers(steps, eta):
     ddpm = DDPM(Fixed(wave), 1000)
-    theirs = peer(DDIMScheduler, 1000, timestep_spacing="trailing", clip_sample=True)
+    theirs = peer(DDIMScheduler, 1000, timestep_spacing="trailing")
     theirs.set_timesteps(steps)
-    xt = torch.randn(4, 3, 8, 8, generator=torch.manual_seed(0))
+    xt = normal(0, 4, 3, 8, 8)
     g, want = torch.Generator().manual_seed(1), xt
     for time in theirs.timesteps:
         z = torch.randn(xt.shape, generator=g)
@@ -91,21 +143,23 @@ def test_ddim_trajectory_equals_diffusers(steps, eta):
         want = theirs.step(eps_hat, time, want, **options).prev_sample
     g = torch.Generator().manual_seed(1)
     ours = ddpm.sample(xt.shape, steps, eta=eta, generator=g, xt=xt)
-    torch.testing.assert_close(ours, want.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, want.clamp(-1, 1), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("steps", [2, 10])
 def test_ddim_with_the_true_noise_returns_x0(steps):
-    x0 = torch.rand(5, 1, 8, 8, generator=torch.manual_seed(0)) * 1.8 - 0.9
-    eps = torch.randn_like(x0)
+    x0, eps = normal(0, 5, 1, 8, 8).tanh() * 0.9, normal(1, 5, 1, 8, 8)
     ddpm = DDPM(Fixed(lambda xt, t: eps), 1000)
-    xt = ddpm.q_sample(x0, torch.full((5,), 1000), eps)
-    found = ddpm.sample(x0.shape, steps, xt=xt)
+    start = torch.full((5,), 900)
+    found = ddpm.q_sample(x0, start, eps)
+    times = torch.linspace(900, 0, steps + 1).round().long()
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        found = ddpm.p_sample(found, t.expand(5), s.expand(5), 0.0, eps)
     torch.testing.assert_close(found, x0, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_the_exact_denoiser_of_a_gaussian_gives_that_gaussian(sampler):
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_exact_denoiser_of_a_gaussian_gives_that_gaussian(eta):
     """For x0 ~ N(m, s^2), E[eps | x_t] is linear in x_t: no training error is left."""
     m, s = 0.3, 0.2
     ddpm = DDPM(None, 1000)
@@ -116,52 +170,27 @@ def test_the_exact_denoiser_of_a_gaussian_gives_that_gaussian(sampler):
 
     ddpm.net = Fixed(exact)
     g = torch.Generator().manual_seed(0)
-    x = ddpm.sample((40_000, 1, 1, 1), steps=1000, sampler=sampler, generator=g)
+    x = ddpm.sample((40_000, 1, 1, 1), steps=1000, eta=eta, generator=g)
     assert x.mean().item() == pytest.approx(m, abs=0.005)
     assert x.std().item() == pytest.approx(s, rel=0.015)
 
 
-def test_the_loss_draws_every_t_and_no_other():
-    seen = []
-    ddpm = DDPM(Fixed(lambda xt, t: seen.append(t) or torch.zeros_like(xt)), 30)
-    ddpm(torch.zeros(20_000, 1, 1, 1))
-    counts = torch.bincount(seen[0], minlength=31)
-    assert counts[0] == 0 and len(counts) == 31
-    assert counts[1:].min() > 500 and counts[1:].max() < 850  # 667 expected
-
-
-def test_the_loss_is_the_mean_squared_error_of_eps():
-    ddpm = DDPM(Fixed(lambda xt, t: xt), 1000)
-    x0 = torch.rand(6, 3, 4, 4, generator=torch.manual_seed(0))
-    eps, t = torch.randn_like(x0), torch.tensor([1, 10, 100, 500, 999, 1000])
-    a = ddpm.alphabar[t].double().view(-1, 1, 1, 1)
-    by_hand = ((a.sqrt() * x0 + (1 - a).sqrt() * eps - eps) ** 2).mean()
-    assert ddpm(x0, t, eps).item() == pytest.approx(by_hand.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("steps", "sampler", "want"),
-    [
-        (1, "ddim", [1000]),
-        (3, "ddim", [1000, 667, 333]),
-        (5000, "ddim", [*range(1000, 0, -1)]),
-        (7, "ddpm", [*range(1000, 0, -1)]),
-    ],
+    ("steps", "want"),
+    [(1, [1000]), (3, [1000, 667, 333]), (1000, [*range(1000, 0, -1)])],
 )
-def test_the_network_is_called_from_T_downwards(steps, sampler, want):
+def test_the_network_is_called_from_T_downwards(steps, want):
     seen = []
     ddpm = DDPM(Fixed(lambda xt, t: seen.append(t[0].item()) or xt), 1000)
-    ddpm.sample((2, 1, 8, 8), steps, sampler)
+    ddpm.sample((2, 1, 8, 8), steps)
     assert seen == want
 
 
 def test_samples_depend_on_the_generator_alone():
-    ddpm = DDPM(Fixed(wave), 50)
-    for sampler in ("ddim", "ddpm"):
-        draws = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(seed + 7)
-            g = torch.Generator().manual_seed(seed)
-            draws.append(ddpm.sample((2, 1, 8, 8), 10, sampler, 1.0, g))
-        assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-        assert draws[0].abs().max() <= 1
+    ddpm, draws = DDPM(Fixed(wave), 50), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed + 7)
+        g = torch.Generator().manual_seed(seed)
+        draws.append(ddpm.sample((2, 1, 8, 8), 10, 1.0, g))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].abs().max() <= 1

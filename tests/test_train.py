@@ -1,118 +1,153 @@
-"""Training: what is drawn, processes, resuming, killing, the run folder."""
+"""Training: what is drawn, processes, resuming, killing, the run folder, bad input."""
 
 import csv
-import json
+import dataclasses
 import os
 import random
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, start
+import torch.distributed.run
+from conftest import ROOT, assert_same_run, command_line, finish, start, state
+from torchvision.io import ImageReadMode, decode_image
 
 import superminddpm as base
 from superminddpm import Config, train
 
-SMALL = {"n_feat": 8, "batch": 32, "n_train": 160, "quiet": True}
-
 
 def small(out, steps=15, **changes):
-    """Return a Config of a short run on digits, 5 steps an epoch, saved at each."""
-    cadence = {"save_every": 1, "sample_every": 100}
-    return Config(out=str(out), steps=steps, **{**SMALL, **cadence, **changes})
+    """Return a Config of a short run on the folder tiny: 5 steps an epoch."""
+    own = {"data": "tiny", "n_feat": 8, "batch": 32, "lr": 5e-3, "every": 1}
+    own |= {"ema_decay": 0.9, "quiet": True, "out": str(out), "steps": steps}
+    return Config(**{**own, **changes})
 
 
-def state(folder):
-    return torch.load(Path(folder) / "last.pt", weights_only=True)
+def run(*args, **changes):
+    """Train a short run; return its last checkpoint."""
+    cfg = small(*args, **changes)
+    train(cfg)
+    return state(cfg.out)
 
 
-def assert_same_run(a, b):
-    """All that decides how a run goes on is equal bit for bit."""
-    a, b = state(a), state(b)
-    assert a["step"] == b["step"] and a["losses"] == b["losses"]
-    for row in (*a["history"], *b["history"]):
-        row.pop("images_per_s")
-    assert a["history"] == b["history"] and a["history"]
-    for key in ("net", "ema"):
-        assert a[key].keys() == b[key].keys()
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
-    for i, moments in a["opt"]["state"].items():
-        assert all(
-            torch.equal(value, b["opt"]["state"][i][k]) for k, value in moments.items()
-        )
+def spy_on_forward(monkeypatch, look):
+    """Call look(ddpm, x0, t, eps) before each training loss."""
+    forward = base.DDPM.forward
+
+    def spy(self, x0, t, eps):
+        if self.training:
+            look(self, x0, t, eps)
+        return forward(self, x0, t, eps)
+
+    monkeypatch.setattr(base.DDPM, "forward", spy)
 
 
-def test_a_run_leaves_what_the_readme_promises(tmp_path):
-    ddpm = train(small("run", epochs=4, steps=0, sample_every=2, save_every=2))
-    names = {path.name for path in Path("run").iterdir()}
-    assert names == {
-        *("config.json", "metrics.csv", "loss_curves.png", "last.pt"),
-        *("samples_epoch_002.png", "samples_epoch_004.png"),
+# ---- what a run is -------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_readme_promises(tiny):
+    ddpm = train(small("run", steps=0, epochs=4, every=2))
+    assert {path.name for path in Path("run").iterdir()} == {
+        *("metrics.csv", "last.pt", "samples_epoch_002.png", "samples_epoch_004.png"),
         *("checkpoint_epoch_002.pt", "checkpoint_epoch_004.pt"),
     }
     with open("run/metrics.csv") as f:
         rows = list(csv.DictReader(f))
     assert [(row["step"], row["epoch"]) for row in rows] == [("10", "2"), ("20", "4")]
-    levels = [
-        float(value) for key, value in rows[-1].items() if key.startswith("held_t")
-    ]
+    levels = [float(rows[-1][key]) for key in rows[-1] if key.startswith("held_t")]
     assert len(levels) == 10 and all(level > 0 for level in levels)
     assert sum(levels) / 10 == pytest.approx(float(rows[-1]["held_loss"]))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
-    assert json.loads(Path("run/config.json").read_text())["n_feat"] == 8
-    loaded = base.load("run/last.pt")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(loaded.parameters(), ddpm.parameters(), strict=True)
-    )
+    assert state("run").keys() >= {*"net ema opt step config".split()}
+    loaded = zip(base.load("run/last.pt").parameters(), ddpm.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in loaded)
     raw = base.load("run/last.pt", ema=False)
     assert not torch.equal(raw.net.out.weight, ddpm.net.out.weight)
 
 
+def trivial_and_linear(images, held, level):
+    """Return the held-out losses at t = level of two answers that need no network.
+
+    eps_hat = x_t, and the best linear one, from the mean and covariance of images.
+    """
+    ab = base.DDPM(None).alphabar[level].double()
+    x, y = ((z.flatten(1) / 127.5 - 1).double() for z in (images, held))
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    power = ((y - x.mean(0)) @ vectors).square().mean(0)
+    keep = ab * values / (ab * values + 1 - ab)  # Wiener filter of each component
+    linear = (1 - keep).square() * power + keep.square() * (1 - ab) / ab
+    trivial = ab * y.square().mean() + ((1 - ab).sqrt() - 1) ** 2
+    return trivial.item(), (ab / (1 - ab) * linear.mean()).item()
+
+
 def test_training_learns():
-    """The mean of eps is 0, so guessing 0 has a loss of 1."""
-    cfg = small("run", steps=150, n_train=0, lr=8e-3, save_every=1000)
-    images, _, held, _ = base.load_images(cfg)
-    losses = base.held_out_loss(train(cfg), held)
-    assert losses[950] < 0.05 and losses[50] < 0.8
+    """On digits, after a tenth of the default run."""
+    cfg = Config(steps=200, n_feat=8, out="run", quiet=True, every=1000)
+    images, held = base.load_images(cfg)
+    losses = base.held_out_loss(train(cfg), held / 127.5 - 1)
+    for level in (50, 550, 750):
+        trivial, _ = trivial_and_linear(images, held, level)
+        assert losses[f"held_t{level}"] < 0.8 * trivial
 
 
-def test_every_image_is_seen_once_an_epoch_in_a_new_order(monkeypatch):
+@pytest.mark.slow
+def test_after_the_default_run_no_level_is_worse_than_a_trivial_answer():
+    """Nor, above t = 500, by 15 % worse than the best linear one."""
+    cfg = Config(out="run", quiet=True, every=1000)
+    images, held = base.load_images(cfg)
+    losses = base.held_out_loss(train(cfg), held / 127.5 - 1)
+    for level in range(50, 1000, 100):
+        trivial, linear = trivial_and_linear(images, held, level)
+        assert losses[f"held_t{level}"] < trivial
+        assert losses[f"held_t{level}"] < 1.15 * linear or level < 500
+
+
+def test_digits_are_sklearns_and_a_fixed_fifth_is_held_out():
+    images, held = base.load_images(Config())
+    assert images.shape == (1438, 1, 8, 8) and held.shape == (359, 1, 8, 8)
+    assert images.dtype == torch.uint8 and images.max() == 255
+    from sklearn.datasets import load_digits
+
+    theirs = sorted((load_digits().images * 255 / 16).round().reshape(-1, 64).tolist())
+    assert sorted(torch.cat([images, held]).flatten(1).float().tolist()) == theirs
+
+
+def test_a_folder_is_mapped_and_never_written(tiny):
+    images, held = base.load_images(small("x"))
+    assert images.shape == (160, 1, 8, 8) and len(held) == 40
+    maps = Path("/proc/self/maps").read_text()
+    lines = [line for line in maps.splitlines() if line.endswith("tiny/train.npy")]
+    assert lines and all(line.split()[1] == "r--s" for line in lines)
+
+
+def test_every_image_is_seen_once_an_epoch_in_a_new_order(tiny, monkeypatch):
     seen = []
-    forward = base.DDPM.forward
-
-    def spy(self, x0, t=None, eps=None):
-        if self.training:
-            seen.append(x0.clone())
-        return forward(self, x0, t, eps)
-
-    monkeypatch.setattr(base.DDPM, "forward", spy)
-    train(small("run", steps=10))
+    spy_on_forward(monkeypatch, lambda self, x0, t, eps: seen.append(x0.clone()))
+    run("run", steps=10)
     images = base.load_images(small("x"))[0] / 127.5 - 1
     epochs = [torch.cat(seen[:5]), torch.cat(seen[5:])]
     for epoch in epochs:
-        found = sorted(epoch.flatten(1).tolist())
-        assert found == sorted(images.flatten(1).tolist())
+        assert sorted(epoch.flatten(1).tolist()) == sorted(images.flatten(1).tolist())
     assert not torch.equal(*epochs)
 
 
-def test_t_is_uniform_up_to_T_and_noise_is_normal_and_new(monkeypatch):
+def test_t_is_uniform_up_to_T_and_noise_is_normal_and_new(tiny, monkeypatch):
     ts, noise = [], []
 
-    def spy(self, x0, t=None, eps=None):
+    def record(self, x0, t, eps):
         ts.append(t)
         noise.append(eps)
-        return sum(p.sum() * 0 for p in self.parameters())
 
-    monkeypatch.setattr(base.DDPM, "forward", spy)
-    monkeypatch.setattr(base, "held_out_loss", lambda *_: {1: 1.0})
-    train(small("run", steps=200, T=25, save_every=1000))
+    spy_on_forward(monkeypatch, record)
+    run("run", steps=200, T=25, every=1000)
     counts = torch.bincount(torch.cat(ts), minlength=26)
     assert counts[0] == 0 and len(counts) == 26
     chi2 = ((counts[1:] - 256) ** 2 / 256).sum()
@@ -126,137 +161,130 @@ def test_the_held_out_loss_is_fixed_and_exact():
     """Against a plain loop over images, one at a time, at the middles of ten bands."""
     ddpm = base.build(Config(n_feat=8, T=50), (1, 8, 8))
     torch.nn.init.normal_(ddpm.net.out.weight)
-    held = base.load_images(Config())[2][:300]
+    held = base.load_images(Config())[1][:30] / 127.5 - 1
     torch.manual_seed(1)
     first = base.held_out_loss(ddpm, held)
     torch.manual_seed(2)
     assert base.held_out_loss(ddpm, held) == first
-    assert list(first) == [2, 8, 12, 18, 22, 28, 32, 38, 42, 48]
-    g, errors = base.rng("cpu", 22), []
-    for part in (held[:256], held[256:]):
-        eps = torch.randn(part.shape, generator=g)
-        for x0, noise in zip(part / 127.5 - 1, eps, strict=True):
-            xt = ddpm.q_sample(x0[None], torch.tensor([22]), noise[None])
-            guess = ddpm.net(xt, torch.tensor([22]))[0]
-            errors.append((guess - noise).square().mean().item())
-    assert sum(errors) / 300 == pytest.approx(first[22], rel=1e-4)
+    levels = [2, 8, 12, 18, 22, 28, 32, 38, 42, 48]
+    assert list(first) == ["held_loss", *(f"held_t{level}" for level in levels)]
+    eps, errors = torch.randn(held.shape, generator=base.rng("cpu", 22)), []
+    for x0, noise in zip(held, eps, strict=True):
+        xt = ddpm.q_sample(x0[None], torch.tensor([22]), noise[None])
+        guess = xt[0] + ddpm.net(xt, torch.tensor([22]))[0]
+        errors.append((guess - noise).square().mean().item())
+    assert sum(errors) / 30 == pytest.approx(first["held_t22"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("data", "share"), [("cifar10", 0.5), ("digits", 0.0)])
-def test_half_of_the_photographs_are_mirrored_but_no_digit(monkeypatch, data, share):
-    ramp = torch.arange(8, dtype=torch.uint8).expand(320, 1, 8, 8) * 30
-    monkeypatch.setattr(base, "load_images", lambda cfg: (ramp, None, ramp[:9], None))
-    seen, forward = [], base.DDPM.forward
+def test_metrics_and_upper_rows_are_of_the_averaged_weights(tiny):
+    """The raw weights have another held-out loss; only the third row is theirs."""
+    cfg = small("run", steps=5)
+    ema = train(cfg)
+    raw, held = base.load("run/last.pt", ema=False), base.load_images(cfg)[1]
+    held = held / 127.5 - 1
+    row = state("run")["history"][-1]
+    assert row["held_loss"] == base.held_out_loss(ema, held)["held_loss"]
+    assert row["held_loss"] != base.held_out_loss(raw, held)["held_loss"]
+    grid = decode_image("run/samples_epoch_001.png", ImageReadMode.GRAY)[0] / 127.5 - 1
+    xt = torch.randn(32, 1, 8, 8, generator=base.rng("cpu", 0, 3))
+    drawn = [ema.sample(xt.shape, xt=xt), raw.sample(xt[:16].shape, xt=xt[:16])]
+    for k, image in enumerate(torch.cat([*drawn, held[:16]])):
+        y, x = 66 * (k // 16) + 2, 66 * (k % 16) + 2  # 64 pixels and a gap of 2
+        shown = grid[y : y + 64 : 8, x : x + 64 : 8]
+        torch.testing.assert_close(shown, image[0], atol=0.01, rtol=0)
 
-    def spy(self, x0, t=None, eps=None):
-        if self.training:
-            seen.append(x0[:, 0, 0, 0] > x0[:, 0, 0, 7])
-        return forward(self, x0, t, eps)
 
-    monkeypatch.setattr(base.DDPM, "forward", spy)
-    train(small("run", steps=10, data=data, image_size=8, epochs=1, save_every=99))
-    assert torch.cat(seen).float().mean().item() == pytest.approx(share, abs=0.1)
-
-
-def test_the_average_warms_up_and_then_decays(monkeypatch):
+def test_the_average_warms_up_and_then_decays(tiny, monkeypatch):
     """Against a plain loop over the weights as each step finds and leaves them."""
-    raw, forward = [], base.DDPM.forward
+    raw = []
 
-    def spy(self, x0, t=None, eps=None):
-        if self.training:
-            raw.append(self.net.out.bias.detach().clone())
-        return forward(self, x0, t, eps)
+    def record(self, *_):
+        raw.append(self.net.out.bias.detach().clone())
 
-    monkeypatch.setattr(base.DDPM, "forward", spy)
-    cfg = small("run", steps=12, ema_decay=0.5, warmup=0, save_every=99)
-    run = state_of(train, cfg)
-    raw.append(run["net"]["net.out.bias"])
+    spy_on_forward(monkeypatch, record)
+    last = run("run", steps=12, ema_decay=0.5, warmup=0, every=99)
+    raw.append(last["net"]["net.out.bias"])
     want = raw[0]
     for step, weight in enumerate(raw[1:]):
         decay = min(0.5, (1 + step) / (10 + step))
         want = decay * want + (1 - decay) * weight
     assert len(raw) == 13 and (raw[-1] - want).abs().max() > 1e-4
-    torch.testing.assert_close(run["ema"]["net.out.bias"], want)
-    off = state_of(train, small("off", steps=3, ema_decay=0.0))
+    torch.testing.assert_close(last["ema"]["net.out.bias"], want)
+    off = run("off", steps=3, ema_decay=0.0)
     assert torch.equal(off["ema"]["net.out.bias"], off["net"]["net.out.bias"])
 
 
-def state_of(function, cfg):
-    function(cfg)
-    return state(cfg.out)
-
-
-def test_the_learning_rate_rises_and_falls():
-    cfg = Config(lr=1.0, warmup=9)
-    rates = [base.learning_rate(cfg, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(
-        rates[9], rel=0.02
+def test_the_learning_rate_rises_and_falls_linearly(tiny, monkeypatch):
+    monkeypatch.setattr(base, "save_grid", lambda *_: None)
+    batch = {"batch": 160, "every": 1}  # one step an epoch
+    rates = [
+        row["lr"] for row in run("run", steps=20, lr=1.0, warmup=4, **batch)["history"]
+    ]
+    assert rates == pytest.approx(
+        [min(1, (step + 1) / 5) * (1 - step / 20) for step in range(20)]
     )
-    assert rates[-1] < 0.02 and rates[9:] == sorted(rates[9:], reverse=True)
-    flat = Config(lr=1.0, warmup=0, lr_decay=False)
-    assert {base.learning_rate(flat, step, 100) for step in range(100)} == {1.0}
 
 
-def test_clipping_limits_the_step():
-    free = state_of(train, small("free", steps=1, grad_clip=0.0))
-    held = state_of(train, small("clip", steps=1, grad_clip=0.01))
+def test_clipping_limits_the_step_and_adam_has_no_weight_decay(tiny):
+    free = run("free", steps=1, grad_clip=0.0)
+    held = run("clip", steps=1, grad_clip=0.01)
 
     def norm(s):  # after one step Adam's first moment is a tenth of the gradient
-        return (
-            sum((m["exp_avg"] * 10).square().sum() for m in s["opt"]["state"].values())
-            ** 0.5
-        )
+        moments = (m["exp_avg"] * 10 for m in s["opt"]["state"].values())
+        return sum(m.square().sum() for m in moments).sqrt().item()
 
-    assert norm(free) > 0.02 and norm(held).item() == pytest.approx(0.01, rel=1e-3)
+    assert norm(free) > 0.02 and norm(held) == pytest.approx(0.01, rel=1e-3)
+    assert free["opt"]["param_groups"][0]["weight_decay"] == 0
 
 
 # ---- processes -----------------------------------------------------------------------
 
 
-def record(cfg):
-    """Train as a worker; write down which images this rank got."""
-    forward, seen = base.DDPM.forward, []
+def work(cfg):
+    """Train as a worker; write down which images this process got first."""
+    first, forward = [], base.DDPM.forward
 
-    def spy(self, x0, t=None, eps=None):
-        if self.training:
-            seen.append(x0.clone())
+    def spy(self, x0, t, eps):
+        first.append(x0.clone())
         return forward(self, x0, t, eps)
 
     base.DDPM.forward = spy
     train(cfg)
-    torch.save(torch.cat(seen), f"seen{os.environ['RANK']}-{cfg.out}.pt")
+    torch.save(first[0], f"seen{os.environ['RANK']}.pt")
     torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 
 
-def test_two_processes_do_what_one_does():
-    cfg = small("", lr=2e-3)
-    one, two = {}, {}
-    for steps in (1, 20):
-        one[steps] = state_of(train, base.replace(cfg, out=f"one{steps}", steps=steps))
-        job = base.replace(cfg, out=f"two{steps}", steps=steps)
-        assert finish(start(record, job, world=2)) == [0, 0]
-        two[steps] = state(job.out)
-    for i, moments in one[1]["opt"]["state"].items():  # a tenth of the first gradient
-        theirs = two[1]["opt"]["state"][i]["exp_avg"]
-        torch.testing.assert_close(
-            10 * moments["exp_avg"], 10 * theirs, atol=1e-5, rtol=0
-        )
-    for name, weight in one[20]["net"].items():
-        torch.testing.assert_close(weight, two[20]["net"][name], atol=1e-4, rtol=0)
-    slices = [torch.load(f"seen{rank}-two1.pt").flatten(1) for rank in (0, 1)]
+def test_two_processes_do_what_one_does(tiny):
+    one = run("one", steps=20)
+    assert finish(start(work, small("two", steps=20), world=2)) == [0, 0]
+    two = state("two")
+    for name, weight in one["net"].items():
+        torch.testing.assert_close(weight, two["net"][name], atol=1e-4, rtol=0)
+    slices = [torch.load(f"seen{rank}.pt").flatten(1) for rank in (0, 1)]
     assert len(slices[0]) == len(slices[1]) == 16
-    assert torch.cdist(*slices).min() > 0  # no image on both ranks
-    rows = [
-        Path(f"{run}/metrics.csv").read_text().splitlines()[-1]
-        for run in ("one20", "two20")
-    ]
-    losses = [float(row.split(",")[4]) for row in rows]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the mean over all ranks
+    assert torch.cdist(*slices).min() > 0  # no image on both
+    losses = [[row["loss"] for row in s["history"]] for s in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the mean over both
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused(monkeypatch):
-    monkeypatch.setattr(base, "join_processes", lambda: (torch.device("cpu"), 0, 3))
-    with pytest.raises(ValueError, match="--batch 32 is not divisible by 3 processes"):
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2"),
+        ({"RANK": "1"}, "process 1 of 1"),
+    ],
+)
+def test_a_rank_that_does_not_fit_is_refused(tiny, monkeypatch, capsys, env, said):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert command_line(base, "--data tiny --out run") == 2
+    assert said in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(tiny, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(base, "join_processes", lambda cfg: (cpu, 0, 3))
+    with pytest.raises(ValueError, match="--batch: at most 160, divisible by 3 ranks"):
         train(small("run"))
     assert not Path("run").exists()
 
@@ -264,315 +292,326 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(monkeypatch):
 # ---- going on ------------------------------------------------------------------------
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one():
-    """The stop lies between two rows of metrics, and in another run within an epoch."""
-    rows = {"lr_decay": False, "sample_every": 2}
-    whole = train(small("whole", steps=15, **rows))
-    train(small("parts", steps=15, **rows))
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
+    run("whole", steps=15, every=2)
+    run("parts", steps=15, every=2)
     os.remove("parts/last.pt")
-    os.rename("parts/checkpoint_epoch_001.pt", "parts/last.pt")
-    train(small("parts", steps=15, resume="auto", **rows))
+    os.rename("parts/checkpoint_epoch_002.pt", "parts/last.pt")
+    assert state("parts")["step"] == 10
+    run("parts", steps=15, every=2, resume=True)
     assert_same_run("whole", "parts")
-    assert torch.equal(whole.net.out.weight, state("parts")["ema"]["net.out.weight"])
-    train(small("within", steps=7, **rows))
-    train(small("within", steps=15, resume="auto", **rows))
-    assert torch.equal(
-        state("within")["net"]["net.out.weight"],
-        state("whole")["net"]["net.out.weight"],
-    )
+    tables = [Path(name, "metrics.csv").read_text() for name in ("whole", "parts")]
+    assert tables[0] == tables[1] and tables[0].count("\n") == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigkill_at_any_moment_loses_nothing(world):
-    """Kill each start of a run at a random moment, until one start gets to the end."""
-    whole, killed = small("whole", steps=40), small("killed", steps=40)
-    assert finish(start(record, whole, world=world)) == [0] * world
-    kills, dice = 0, random.Random(0)
-    while not Path("seen0-killed.pt").exists():
-        workers = start(record, base.replace(killed, resume="auto"), world=world)
-        if kills < 4:
-            before = written("killed")
-            deadline = time.time() + 60
-            while written("killed") == before and time.time() < deadline:
-                time.sleep(
-                    0.002
-                )  # until it has come a little further than the last time
+def kill_until_done(cfg, world, kills, dice):
+    """Kill start after start of a run at random moments; at last let one end."""
+    done, n = Path("seen0.pt"), 0
+    done.unlink(missing_ok=True)
+    while not done.exists():
+        workers = start(work, cfg, world=world)
+        if n < kills:
+            before, deadline = written(cfg.out), time.time() + 60
+            while written(cfg.out) == before and time.time() < deadline:
+                time.sleep(0.002)  # until it has come a little further than last time
             time.sleep(dice.random() * 0.15)
             for worker in workers:
                 worker.kill()
-            kills += 1
-        codes = finish(workers)
-        assert set(codes) <= {0, -signal.SIGKILL}
-    assert kills >= 2
-    assert_same_run("whole", "killed")
+            n += 1
+        assert set(finish(workers)) <= {0, -signal.SIGKILL}
+    return n
 
 
 def written(folder):
-    return (
-        sorted((p.name, p.stat().st_mtime_ns) for p in Path(folder).glob("*"))
-        if Path(folder).exists()
-        else []
-    )
-
-
-def test_a_kill_in_the_middle_of_a_save_spares_the_older_checkpoint(tmp_path):
-    path = tmp_path / "last.pt"
-    base.save_checkpoint(path, {"step": 1})
-
-    def die_halfway():
-        write = torch.save
-        torch.save = lambda state, f: (
-            write(state, f),
-            f.flush(),
-            os.kill(os.getpid(), 9),
-        )
-        base.save_checkpoint(path, {"step": 2})
-
-    pid = os.fork()
-    if pid == 0:
-        die_halfway()
-    os.waitpid(pid, 0)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert path.with_suffix(".part").exists()  # the kill did come in between
-    base.save_checkpoint(path, {"step": 3})
-    assert torch.load(path, weights_only=True) == {"step": 3}
-
-
-def test_a_full_disk_spares_the_older_checkpoint(tmp_path):
-    """A limit on the size of files stands for the full disk."""
-    path = tmp_path / "last.pt"
-    base.save_checkpoint(path, {"step": 1})
-    pid = os.fork()
-    if pid == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    files = Path(folder).glob("*") if Path(folder).exists() else []
+    found = []
+    for path in files:
         try:
-            base.save_checkpoint(path, {"net": torch.zeros(100_000)})
-        except OSError as error:
-            os._exit(
-                7 if "cannot write" in str(error) and "\n" not in str(error) else 8
-            )
+            found.append((path.name, path.stat().st_mtime_ns))
+        except FileNotFoundError:  # it has just been renamed
+            found.append((path.name, None))
+    return sorted(found)
+
+
+def test_sigkill_loses_nothing(tiny):
+    run("whole", steps=40)
+    killed = small("killed", steps=40, resume=True)
+    assert kill_until_done(killed, 1, 1, random.Random(0)) == 1
+    assert_same_run("whole", "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "kills"), [(1, 12), (2, 8)])
+def test_sigkill_at_any_moment_loses_nothing(tiny, world, kills):
+    assert finish(start(work, small("whole", steps=80), world=world)) == [0] * world
+    killed = small("killed", steps=80, resume=True)
+    assert kill_until_done(killed, world, kills, random.Random(world)) >= 3
+    assert_same_run("whole", "killed")
+
+
+def test_a_kill_in_the_middle_of_a_save_spares_the_older_checkpoint(tiny):
+    content = run("run", steps=5)
+    pid = os.fork()
+    if pid == 0:
+        write = Path.write_bytes
+
+        def die_halfway(path, data):
+            write(path, bytes(data)[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.write_bytes = die_halfway
+        base.save_run(Path("run"), 2, {**content, "step": 10})
+    os.waitpid(pid, 0)
+    assert state("run")["step"] == 5 and Path("run/part").exists()
+    base.save_run(Path("run"), 2, {**content, "step": 10})
+    assert state("run")["step"] == 10
+
+
+def test_a_full_disk_spares_the_older_checkpoint(tiny):
+    """A limit on the size of files stands for the full disk."""
+    content = run("run", steps=5)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            base.save_run(Path("run"), 2, {**content, "step": 10})
+        except OSError:
+            os._exit(7)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
+    assert state("run")["step"] == 5
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_stops_the_run_and_is_never_saved(monkeypatch, where):
+def test_nan_stops_the_run_and_is_never_saved(tiny, monkeypatch, where):
     forward, calls = base.DDPM.forward, []
 
-    def spoil(self, x0, t=None, eps=None):
-        calls.append(self.training)
+    def spoil(self, x0, t, eps):
         loss = forward(self, x0, t, eps)
-        if sum(calls) == 8 and self.training:
+        calls.append(self.training)
+        if self.training and sum(calls) == 8:
+            if where == "loss":
+                return loss * float("nan")
             loss.register_hook(lambda grad: grad * float("nan"))
-            return loss * float("nan") if where == "loss" else loss
         return loss
 
     monkeypatch.setattr(base.DDPM, "forward", spoil)
-    step = {"loss": "at step 8", "gradient": "at step 9"}[where]
-    with pytest.raises(FloatingPointError, match=step):
-        train(small("run"))
+    with pytest.raises(ValueError, match="the loss is nan in epoch 2"):
+        run("run")
     assert state("run")["step"] == 5
     assert all(value.isfinite().all() for value in state("run")["net"].values())
 
 
-def test_nan_weights_of_the_last_step_are_not_saved(monkeypatch):
-    forward = base.DDPM.forward
-
-    def spoil(self, x0, t=None, eps=None):
-        loss = forward(self, x0, t, eps)
-        if self.training and spoil.calls == 9:
-            loss.register_hook(lambda grad: grad * float("nan"))
-        spoil.calls += self.training
-        return loss
-
-    spoil.calls = 0
-    monkeypatch.setattr(base.DDPM, "forward", spoil)
-    with pytest.raises(FloatingPointError, match="at step 10"):
-        train(small("run"))
-    assert state("run")["step"] == 5
-
-
-@pytest.mark.slow
-def test_torchrun_brings_a_killed_worker_back(tmp_path):
-    """Kill one of two workers: torchrun restarts both, and they go on by themselves."""
-    options = "--n-feat 8 --batch 32 --n-train 160 --steps 60"
-    options += " --save-every 1 --sample-every 99"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "--max-restarts=1", str(ROOT / "superminddpm.py")]
-    with open("log", "w") as log:
-        run = subprocess.Popen([*command, *options.split()], stdout=log, stderr=log)
-        deadline, last = time.time() + 90, Path("runs/superminddpm-digits/last.pt")
-        while not last.exists() and time.time() < deadline:
-            time.sleep(0.01)
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        assert run.wait(120) == 0, Path("log").read_text()
-    assert [path.name for path in Path("runs").iterdir()] == ["superminddpm-digits"]
-    finish(start(record, small("whole", steps=60), world=2))
-    assert_same_run("whole", last.parent)
-
-
-@pytest.mark.slow
-def test_two_machines_train_one_model_also_when_a_worker_is_killed():
-    """Two torchrun agents meet on loopback, as the README has it for two machines."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    options = "--n-feat 8 --batch 32 --n-train 160 --steps 60 --out faces --resume auto"
-    options += " --lr 0.002 --save-every 1 --sample-every 99"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-    command += ["--nproc_per_node=1", "--rdzv-backend=c10d", "--max-restarts=3"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{port}", str(ROOT / "superminddpm.py")]
-    own = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with open("log", "w") as log:
-        both = {"stdout": log, "stderr": log, "env": own}
-        agents = [subprocess.Popen(command + options.split(), **both) for _ in "ab"]
-        deadline, last = time.time() + 90, Path("faces/last.pt")
-        while not last.exists() and time.time() < deadline:
-            time.sleep(0.01)
-        tasks = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children")
-        os.kill(int(tasks.read_text().split()[-1]), signal.SIGKILL)
-        codes = [agent.wait(180) for agent in agents]
-    assert codes == [0, 0], Path("log").read_text()
-    assert Path("log").read_text().count("faces: 160 images") == 2  # it began twice
-    finish(start(record, small("whole", steps=60, lr=2e-3), world=2))
-    assert_same_run("whole", last.parent)
-    one = state_of(train, small("one", steps=60, lr=2e-3))
-    for name, weight in one["net"].items():
-        torch.testing.assert_close(
-            weight, state(last.parent)["net"][name], atol=1e-3, rtol=0
-        )
-
-
-# ---- where a run goes, what it starts from -------------------------------------------
-
-
-def test_a_second_run_takes_the_next_number():
-    cfg = base.replace(small("", steps=2), out="")
-    for _ in range(2):
-        train(cfg)
-    first, second = sorted(path.name for path in Path("runs").iterdir())
-    assert (first, second) == ("superminddpm-digits", "superminddpm-digits-2")
-    stamp = Path("runs", first, "last.pt").stat().st_mtime_ns
-    train(base.replace(cfg, steps=4, resume="auto"))  # goes on with the newest
-    assert state(Path("runs", second))["step"] == 4
-    assert Path("runs", first, "last.pt").stat().st_mtime_ns == stamp
-
-
-def test_a_run_is_never_overwritten():
-    train(small("run", steps=2))
+def test_a_run_is_never_overwritten(tiny):
+    run("run", steps=2)
     before = Path("run/last.pt").read_bytes()
-    with pytest.raises(
-        ValueError, match="run holds a run: --resume auto goes on with it"
-    ):
-        train(small("run", steps=4))
+    with pytest.raises(ValueError, match="run holds a run: add --resume"):
+        run("run", steps=4)
     assert Path("run/last.pt").read_bytes() == before
 
 
-def test_auto_starts_where_there_is_nothing_yet():
-    train(small("run", steps=2, resume="auto"))
-    assert state("run")["step"] == 2
+def test_on_resume_more_steps_are_fine_and_other_options_are_refused_by_name(tiny):
+    run("run", steps=2, resume=True)  # there is none yet: it begins
+    assert run("run", steps=7, resume=True, every=2)["step"] == 7
+    with pytest.raises(ValueError, match="the run in run has another n_feat, lr$"):
+        run("run", steps=9, resume=True, lr=1e-3, n_feat=16)
+    assert run("run", steps=5, resume=True)["step"] == 7  # nothing is left to do
 
 
-def test_init_takes_what_fits_and_says_so(capsys):
-    train(small("old", steps=5))
-    old = state("old")["ema"]
-    for options, kept in (({}, True), ({"delete_keys": "out,up3.conv"}, False)):
-        cfg = small(
-            f"new{kept}", steps=1, lr=0.0, init="old/last.pt", quiet=False, **options
-        )
-        new = state_of(train, base.replace(cfg, seed=3))["net"]
-        assert torch.equal(new["net.down1.conv1.weight"], old["net.down1.conv1.weight"])
-        assert (
-            torch.equal(new["net.up3.conv1.weight"], old["net.up3.conv1.weight"])
-            is kept
-        )
-    said = capsys.readouterr().out
-    n = len([key for key in old if key.startswith("net.")])
-    assert f"--init: {n} of {n} tensors taken" in said
-    assert f"--init: {n - 6} of {n} tensors taken" in said and "up3.conv2.bias" in said
-    train(small("wide", steps=1, n_feat=16, init="old/last.pt", quiet=False))
-    assert (
-        "out.bias" not in capsys.readouterr().out.split("not:")[1]
-    )  # fits at any width
-
-
-def test_compile_leaves_clean_keys():
+def test_compile_leaves_clean_keys(tiny):
     """A backend that compiles nothing shows the keys as well as a real one."""
     compiled = torch.nn.Module.compile
+
+    def eager(self):
+        compiled(self, backend="eager")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.nn.Module, "compile", lambda self: compiled(self, backend="eager")
-        )
-        fast = state_of(train, small("fast", steps=3, compile=True))
-    slow = state_of(train, small("slow", steps=3))
+        patch.setattr(torch.nn.Module, "compile", eager)
+        fast = run("fast", steps=3, compile=True)
+    slow = run("slow", steps=3)
     assert fast["net"].keys() == slow["net"].keys()
     for name, weight in slow["net"].items():
         torch.testing.assert_close(fast["net"][name], weight, atol=1e-4, rtol=0)
 
 
-# ---- restarts by torchrun ------------------------------------------------------------
+def test_bf16_is_near_and_not_equal(tiny):
+    fast, slow = run("fast", steps=3, bf16=True), run("slow", steps=3)
+    losses = [s["history"][-1]["loss"] for s in (fast, slow)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
 
 
-@pytest.fixture
-def restarted(monkeypatch):
-    """Pretend that torchrun has started this process again."""
-    return lambda: monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+# ---- torchrun ------------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+OPTIONS = "--data tiny --steps 60 --resume --quiet --out faces"
 
 
-def test_a_restart_goes_on_with_its_own_run(restarted):
-    train(base.replace(small("", steps=5), out=""))
-    restarted()
-    train(base.replace(small("", steps=10), out=""))
-    assert [path.name for path in Path("runs").iterdir()] == ["superminddpm-digits"]
-    assert state("runs/superminddpm-digits")["step"] == 10
+def wait_and_kill(agent, path):
+    """Kill a worker of a torchrun agent as soon as path is there."""
+    deadline = time.time() + 90
+    while not path.exists() and time.time() < deadline:
+        time.sleep(0.01)
+    tasks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(tasks[-1]), signal.SIGKILL)
 
 
-def test_a_restart_leaves_the_runs_of_others_alone(monkeypatch, restarted):
-    train(small("old", steps=2))
-    train(base.replace(small("", steps=2), out=""))
-    before = Path("old/last.pt").read_bytes()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    restarted()
-    with pytest.raises(ValueError, match="old holds a run"):
-        train(small("old", steps=4))
-    assert Path("old/last.pt").read_bytes() == before
-    train(base.replace(small("", steps=4), out=""))
-    assert state("runs/superminddpm-digits")["step"] == 2
-    assert state("runs/superminddpm-digits-2")["step"] == 4
+@pytest.mark.slow
+def test_torchrun_brings_a_killed_worker_back(tiny):
+    """Kill one of two workers: torchrun restarts both, and --resume lets them go on."""
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    command += [str(ROOT / "superminddpm.py"), *OPTIONS.split()]
+    with open("log", "w") as log:
+        agent = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_and_kill(agent, Path("faces/last.pt"))
+        assert agent.wait(120) == 0, Path("log").read_text()
+    assert finish(start(work, small("whole", steps=60), world=2)) == [0, 0]
+    assert_same_run("whole", "faces")
 
 
-def test_a_restart_of_a_resumed_run_goes_on_from_there(monkeypatch, restarted):
-    train(small("run", steps=5))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    again = base.replace(small("", steps=10), out="", resume="run/last.pt")
-    restarted()  # before the first attempt had come to write anything
-    assert base.find_run(again) == (Path("run"), Path("run/last.pt"))
-    train(again)
-    assert base.find_run(again) == (Path("run"), Path("run/last.pt"))
-    assert state("run")["step"] == 10
+@pytest.mark.slow
+def test_two_machines_train_one_model_also_when_a_worker_is_killed(tiny):
+    """Two torchrun agents meet on loopback, as the page on scale has it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d"]
+    command += ["--max-restarts=3", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command += [str(ROOT / "superminddpm.py"), *OPTIONS.split()]
+    own = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with open("log", "w") as log:
+        both = {"stdout": log, "stderr": log, "env": own}
+        agents = [subprocess.Popen(command, **both) for _ in "ab"]
+        wait_and_kill(agents[1], Path("faces/last.pt"))
+        assert [agent.wait(180) for agent in agents] == [0, 0], Path("log").read_text()
+    assert finish(start(work, small("whole", steps=60), world=2)) == [0, 0]
+    assert_same_run("whole", "faces")
 
 
-def test_resuming_an_older_checkpoint_spares_the_newer_ones():
-    train(small("run", steps=10))
-    train(small("other", steps=5))
-    kept = {path: path.read_bytes() for path in Path().rglob("*.pt")}
-    older = small("", steps=15, resume="run/checkpoint_epoch_001.pt")
-    with pytest.raises(ValueError, match="other holds a run"):
-        train(base.replace(older, out="other"))
-    with pytest.raises(ValueError, match="other holds a run"):
-        train(base.replace(older, out="other", resume="run/last.pt"))
-    train(base.replace(older, out=""))
-    assert state("runs/superminddpm-digits")["step"] == 15
-    assert all(path.read_bytes() == content for path, content in kept.items())
+def test_no_option_is_a_prefix_of_one_of_torchruns():
+    """torchrun would take it for an abbreviation of its own."""
+    parser = torch.distributed.run.get_args_parser()
+    theirs = {name for action in parser._actions for name in action.option_strings}
+    for path in ROOT.glob("super*.py"):
+        text = path.read_text()
+        fields = re.findall(r"^    (\w+): \S.* = ", text, re.M)
+        assert len(fields) >= 19
+        for name in fields:
+            option = f"--{name.replace('_', '-')}"
+            assert not any(x.startswith(option) and x != option for x in theirs), option
 
 
-def test_the_last_checkpoint_is_as_new_as_the_last_picture():
-    train(small("run", steps=15, sample_every=1, save_every=99))
-    assert state("run")["step"] == 15
-    assert {path.name for path in Path("run").glob("*.pt")} == {
-        *("last.pt", "checkpoint_epoch_003.pt")
+# ---- the command line ----------------------------------------------------------------
+
+
+def test_a_folder_brings_its_recipe_and_options_win(tiny):
+    assert command_line(base, "--data tiny --batch 40 --quiet") == 0
+    last = state("runs/superminddpm-tiny")
+    config = last["config"]
+    assert (config["n_feat"], config["batch"], config["lr"]) == (8, 40, 5e-3)
+    assert last["step"] == 8 and last["shape"] == (1, 8, 8)
+
+
+def test_help_explains_every_option(capsys):
+    assert command_line(base, "--help") == 0
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "arXiv:2006.11239" in text
+    for field in dataclasses.fields(Config):
+        name = field.name.replace("_", "-")
+        assert re.search(rf"--{name}[ ,].{{10,200}}\(default: ", text), name
+
+
+BAD = {
+    "--bogus 3": "--bogus",
+    "--data imagenet": "no imagenet/recipe.json: `python prepare.py",
+    "--lr much": "--lr",
+    "--batch 0": "--batch cannot be 0",
+    "--batch -4": "--batch cannot be -4",
+    "--batch 2000": "--batch: at most 1438",
+    "--epochs -1": "--epochs cannot be -1",
+    "--lr nan": "--lr cannot be nan",
+    "--lr inf": "--lr cannot be inf",
+    "--n-feat 20": "--n-feat is 8, 16",
+    "--n-feat 0": "--n-feat cannot be 0",
+    "--T 10": "--T 25 or more",
+    "--ema-decay 1": "--ema-decay < 1",
+    "--seed 99999999999999999999": "--seed cannot be 99999999999999999999",
+    "--device cuda": "process 0 of 1 finds no cuda of its own",
+    "--wandb": "No module named 'wandb'",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_gets_one_clear_line(line, capsys, tmp_path):
+    assert command_line(base, line) == 2
+    told = capsys.readouterr()
+    words = re.sub(r"[│─╭╮╰╯\s]+", " ", told.out + told.err)
+    assert BAD[line] in words and "Traceback" not in words
+    if "superminddpm.py:" in told.err:  # ours, not tyro's box
+        assert told.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "foreign", "cousin", "empty"])
+def test_a_broken_checkpoint_is_refused(tiny, capsys, kind):
+    run("run", steps=1)
+    path = Path("run/last.pt")
+    broken = {
+        "cut": path.read_bytes()[:-1000],
+        "text": b"hello",
+        "empty": b"",
     }
+    if kind in broken:
+        path.write_bytes(broken[kind])
+    elif kind == "foreign":
+        torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, path)
+    else:
+        torch.save({**state("run"), "script": "superother"}, path)
+    before = path.read_bytes()
+    assert command_line(base, "--data tiny --out run --resume --steps 5") == 2
+    told = capsys.readouterr().err
+    assert "run/last.pt is no checkpoint of superminddpm.py" in told
+    assert path.read_bytes() == before
+
+
+def test_a_broken_run_of_another_folder_concerns_nobody(tiny):
+    Path("runs/superminddpm-digits").mkdir(parents=True)
+    Path("runs/superminddpm-digits/last.pt").write_bytes(b"")
+    assert command_line(base, "--help") == 0
+    assert command_line(base, "--data tiny --steps 1 --quiet") == 0
+
+
+def test_wandb_gets_the_metrics(tiny, monkeypatch):
+    rows = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: types.SimpleNamespace(log=rows.append)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run("run", steps=10, wandb=True)
+    assert [row["step"] for row in rows] == [5, 10] and rows[0]["held_loss"] > 0
+
+
+def test_importing_does_nothing():
+    code = """
+import os, sys
+sys.argv = ["x", "--bogus"]
+import torch
+before = torch.initial_seed(), torch.get_rng_state().tolist(), os.listdir()
+import superminddpm
+assert before == (torch.initial_seed(), torch.get_rng_state().tolist(), os.listdir())
+assert not torch.cuda.is_initialized()
+assert not {"wandb", "matplotlib", "diffusers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_script_itself_runs_and_talks_and_quiet_is_quiet(tiny):
+    """As a user does it, in a process of its own."""
+    command = [sys.executable, str(ROOT / "superminddpm.py"), "--data", "~/tiny"]
+    command += ["--steps", "2", "--out", "~/run"]
+    home = {**os.environ, "HOME": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=home)
+    assert done.returncode == 0 and "held_loss=" in done.stderr
+    assert Path("run/last.pt").exists() and not Path("~").exists()
+    command[-1:] = ["again", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env=home)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
