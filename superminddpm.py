@@ -53,6 +53,7 @@ class Config:
     warmup: int = 50  # steps over which the learning rate rises from 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
+    flip: bool = False  # mirror the images of every other step: for faces, not digits
     seed: int = 0  # of weights, order, noise and samples
     every: int = 30  # epochs between rows of metrics, sample grids and checkpoints
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, mps ...
@@ -256,7 +257,7 @@ def load(path, ema=True):
 
 
 def find_run(cfg):
-    """Return the run folder, and the state in it to go on from (new: nothing done)."""
+    """Return the run folder, and the state to go on from; a new run is at step 0."""
     out = Path(cfg.out or f"runs/{SCRIPT}-{Path(cfg.data).name}").expanduser()
     if not (out / "last.pt").exists():
         return out, {"step": 0, "history": []}
@@ -337,6 +338,7 @@ def train(cfg):
             order = torch.randperm(len(images), generator=g).to(images.device)
         index = order[i * cfg.batch : (i + 1) * cfg.batch][mine]
         x0 = images[index].to(device) / 127.5 - 1
+        x0 = x0.flip(-1) if cfg.flip and step % 2 else x0
         g = rng(device, cfg.seed, step, 2)  # all processes draw for the whole batch
         t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
@@ -352,8 +354,7 @@ def train(cfg):
         decay = min(cfg.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
-        done = step + 1 == total
-        show = done or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
+        show = step + 1 == total or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
         if show:
             mean = torch.stack(seen).mean() / world
             if world > 1:
