@@ -6,20 +6,16 @@
     python prepare.py frames --data-dir films       each folder of pictures is a clip
     python prepare.py npz --data-dir clips.npz      clips, uint8 (N, F, H, W[, 3])
 
-It writes a folder with
-    train.npy, held.npy    uint8 (N, C, S, S), clips (N, F, C, S, S); held is for tests
-    train_labels.npy ...   int64 (N,), where there are labels
-    train_motion.npy ...   float32 (N, F - 1), pixels per frame, with --motion-dir
-    recipe.json            options of the training scripts that suit the data
+It writes train.npy and held.npy (for tests): uint8 (N, C, S, S), clips (N, F, C, S, S);
+train_labels.npy, int64 (N,), or train_motion.npy, float32 (N, F - 1), if there are any,
+likewise for held; and recipe.json, training options that suit the data.
 
-The middle square of each picture is resized to S x S pixels (of CelebA's photographs
-the middle 140 x 140: the face). Transparent parts become white, 16 bits become 8. If
-all pictures are grey, one channel is kept. Where the data has no test set of its own, a
-hash of the name holds out a fifth: a picture keeps its part when others are added.
-
-A clip is named after its folder below --data-dir, such as cats/0001, or in an npz after
-its number, 000000. --motion-dir has its motion in cats/0001.npy: (F - 1,), or
-(F - 1, H, W), of which the mean counts; in pixels of the original frames.
+The middle square of each picture is resized, of CelebA's the middle 140 pixels, the
+face. Transparent parts become white, 16 bits become 8. If all is grey, one channel is
+kept. Data without a test set has a fifth held out, by a hash of the names: a picture
+keeps its part when others are added. A clip is named after its folder, say cats/0001,
+or its number in the npz, 000000. Its motion is cats/0001.npy in --motion-dir, in pixels
+of the original frames: (F - 1,), or (F - 1, H, W), of which the mean counts.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -31,9 +27,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections import Counter
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -49,22 +45,16 @@ RECIPE = "n_feat epochs batch lr ema_decay every flip".split()
 RECIPES = {
     "celeba": (32, 80, 256, 1e-3, 0.9995, 4, True),
     "mnist": (32, 20, 128, 2e-3, 0.999, 1, False),
-    "fashion": (32, 20, 128, 2e-3, 0.999, 1, False),  # all shoes point to the left
+    "fashion": (32, 20, 128, 2e-3, 0.999, 1, False),  # its shoes all point to the left
     "cifar10": (64, 200, 128, 1e-3, 0.9995, 5, True),
     "folder": (32, 100, 64, 1e-3, 0.999, 5, False),  # writing must not be mirrored
     "npz": (32, 20, 16, 2e-3, 0.999, 1, False),
     "frames": (32, 20, 16, 2e-3, 0.999, 1, False),
 }
-TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
+LABELLED = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 CLIPS = ("npz", "frames")
-WANTED = {
-    "celeba": "the folder with img_align_celeba/000001.jpg ...; it is not downloaded: "
-    "unpack img_align_celeba.zip from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, and "
-    "name the folder here or as CELEBA_PATH, in the environment or in a file .env",
-    "folder": "a folder with 2 pictures or more",
-    "npz": "a file with 2 clips or more, uint8 (N, F, H, W) or (N, F, H, W, 3)",
-    "frames": "a folder with 2 clips or more, each a sub-folder of --seq-len pictures",
-}
+CELEBA = """CelebA is not downloaded: unpack img_align_celeba.zip from its authors' page
+mmlab.ie.cuhk.edu.hk/projects/CelebA.html and say where: --data-dir, or CELEBA_PATH"""
 
 
 @dataclass(frozen=True)
@@ -82,170 +72,126 @@ class Config:
     motion_dir: str = ""  # where the motion of the clips is
     quiet: bool = False  # no progress bar and no messages
 
-    def __post_init__(self):
-        if not self.image_size:
-            side = 28 if self.name in ("mnist", "fashion") else 32
-            object.__setattr__(self, "image_size", side)
-        if self.image_size % 4 or not 8 <= self.image_size <= 1024:
-            raise ValueError("--image-size is a multiple of 4, from 8 to 1024")
-        if self.n_train < 0 or self.seq_len < 2:
-            raise ValueError("--n-train is 0 or more, --seq-len 2 or more")
-        if self.download and self.name not in TORCHVISION:
-            what = f"--data-dir is {WANTED[self.name]}"
-            raise ValueError(f"--download is for {', '.join(TORCHVISION)}; {what}")
-        if self.skip_bad_images and self.name in ("npz", *TORCHVISION):
-            raise ValueError("--skip-bad-images is for celeba, folder and frames")
-        if (self.motion_dir or self.seq_len != 16) and self.name not in CLIPS:
-            raise ValueError("--motion-dir and --seq-len are for npz and frames")
+
+def check(cfg):
+    """Return cfg with its image size. ValueError: its options do not go together."""
+    side = cfg.image_size or (28 if cfg.name in ("mnist", "fashion") else 32)
+    if side % 4 or not 8 <= side <= 1024 or cfg.n_train < 0 or cfg.seq_len < 2:
+        least = "--n-train is 0 or more, --seq-len 2 or more"
+        raise ValueError(f"--image-size is 8, 12, 16 ... 1024, {least}")
+    if cfg.download and cfg.name not in LABELLED:
+        raise ValueError(f"--download is for {', '.join(LABELLED)}. {CELEBA}")
+    if (cfg.motion_dir or cfg.seq_len != 16) and cfg.name not in CLIPS:
+        raise ValueError("--motion-dir and --seq-len are for npz and frames")
+    return replace(cfg, image_size=side)
 
 
 # ---- 2. Find -----------------------------------------------------------------------
-# Each find_... returns two lists of items, to train on and to hold out. An item is
-# (sources, extra): file names or arrays, one for each frame, and a label or motion.
-def find_known(cfg, root):
-    """Find mnist, fashion or cifar10, with labels."""
+# An item is (sources, extra): a file or an array for each frame, and a label or motion.
+def find_labelled(cfg, root):
+    """Return the items of mnist, fashion or cifar10: to train on, to hold out."""
     from torchvision import datasets  # here, because importing torch takes seconds
 
-    name, parts = TORCHVISION[cfg.name], []
+    name = LABELLED[cfg.name]
+    kind = partial(getattr(datasets, name), root, download=cfg.download)
     try:
-        with undo_if_it_fails(root / name / "raw"):
-            for train in (True, False):
-                part = getattr(datasets, name)(root, train, download=cfg.download)
-                pairs = zip(np.array(part.data), part.targets, strict=True)
-                parts.append([([pixels], int(label)) for pixels, label in pairs])
+        return [[([x], y) for x, y in kind(train=train)] for train in (True, False)]
     except Exception as error:  # missing, broken, unreachable: torchvision has them all
         how = "--data-dir says where it is, --download fetches it"
-        why = str(error).replace("download=True", "--download")
+        why = str(error).replace("download=True", "--download") or repr(error)
         raise ValueError(f"no usable {name} in {root} ({how}): {why}") from None
-    return parts
 
 
-def natural(name):
-    """Return a key that sorts frame2 before frame10."""
-    parts = re.split("([0-9]+)", name)
-    return [int(x) if i % 2 else x for i, x in enumerate(parts)], name
-
-
-def is_picture(path, cfg):
-    """Tell by its name whether a file is a picture, or else by what is in it."""
-    if cfg.name == "celeba":
-        return re.fullmatch(r"[0-9]{6}\.(jpe?g|png)", os.path.basename(path), re.I)
-    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    with suppress(Exception):
-        return kind in Image.OPEN or not Image.open(path).close()
-
-
-def find_pictures(cfg, root, say):
-    """Return all picture files below root, in natural order; say what is left out."""
-    hidden = re.compile(r"\.|(@eaDir|__MACOSX)$").match
-    files, others, closed, seen = [], Counter(), [], set()
-    for top, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
-        real = os.path.realpath(top)
-        if real in seen:  # links can lead round in a circle
+def find_files(cfg, root, notes):
+    """Return {name: files} of the pictures or clips below root, in natural order."""
+    endings, hidden = Image.registered_extensions(), (".", "@eaDir", "__MACOSX")
+    found, seen, closed = defaultdict(list), set(), []
+    for top, folders, files in os.walk(root, onerror=closed.append, followlinks=True):
+        if os.path.realpath(top) in seen:  # links can lead round in a circle
             folders.clear()
             continue
-        seen.add(real)
-        folders[:] = sorted((x for x in folders if not hidden(x)), key=natural)
-        for name in sorted((x for x in names if not hidden(x)), key=natural):
-            path = os.path.join(top, name)
-            if is_picture(path, cfg):
-                files.append(path)
-            else:
-                others[os.path.splitext(name)[1].lower() or "without ending"] += 1
-    if closed:
-        say(f"left out {len(closed)} folders that cannot be read: {closed[0]} ...")
-    if others:
-        kinds = ", ".join(f"{n} {ending}" for ending, n in others.most_common())
-        say(f"left out {others.total()} other files: {kinds}")
-    return files
-
-
-def split(names, cfg, root):
-    """Return which of the names to train on, and which fifth to hold out."""
-    if len(names) < 2:
-        raise ValueError(f"too little in {root}: --data-dir is {WANTED[cfg.name]}")
-    places = {name: hashlib.sha256(os.fsencode(name)).digest() for name in names}
-    order = sorted(names, key=places.get)
-    n = sum(place[0] < 256 / 5 for place in places.values())
-    n = min(max(n, 1), len(names) - 1)  # a few names: each part gets one of them
-    return order[n:], order[:n]
-
-
-def find_images(cfg, root, say):
-    """Find the pictures of celeba or folder."""
-    files = find_pictures(cfg, root, say)
-    if cfg.name == "folder":
-        files = {Path(file).relative_to(root).as_posix(): file for file in files}
-        train, held = split(files, cfg, root)
-    else:  # CelebA's own parts go by number, and the third one is not used
-        files = {os.path.basename(file)[:6]: file for file in reversed(files)}
-        train = sorted(number for number in files if number <= "162770")
-        held = sorted(number for number in files if "162770" < number <= "182637")
-    if not (train and held):
-        count = f"{len(train)} pictures up to 162770 and {len(held)} up to 182637"
-        raise ValueError(f"{count} in {root}: --data-dir is {WANTED[cfg.name]}")
-    return [[([files[name]], None) for name in part] for part in (train, held)]
+        seen.add(os.path.realpath(top))
+        folders[:] = sorted(x for x in folders if not x.startswith(hidden))
+        files = sorted(x for x in files if not x.startswith(hidden))
+        files.sort(key=lambda x: re.sub("[0-9]+", lambda n: n[0].zfill(20), x))  # 2, 10
+        for file in files:
+            path = os.path.join(top, file)
+            name = Path(top if cfg.name == "frames" else path).relative_to(root)
+            known = endings.get(os.path.splitext(file)[1].lower()) in Image.OPEN
+            with suppress(Exception):  # what Pillow cannot open is something else
+                if known or Image.open(path):
+                    found[name.as_posix()].append(path)
+                    continue
+            notes["other files left out"].add(path)
+    notes["unreadable folders left out"].update(map(str, closed))
+    return found
 
 
 def read_array(file):
-    """Return the array of a .npy file, mapped, or of a .npz: clips, or the first."""
+    """Return the array in a .npy, or the one named clips, or the first, in a .npz."""
     try:
-        found = np.load(file, mmap_mode="r")
-        if isinstance(found, np.ndarray):
-            return found
-        return found["clips" if "clips" in found else found.files[0]]
+        x = np.load(file, mmap_mode="r")  # so a .npy may be larger than the memory
+        if isinstance(x, np.ndarray):
+            return x
+        return x["clips" if "clips" in x else x.files[0]]
     except Exception as error:  # np.load raises nearly anything on a foreign file
         raise ValueError(f"cannot read {file}: {error}") from None
 
 
-def read_clips(file):
-    """Return the clips in a file, uint8 (N, F, H, W) or (N, F, H, W, 3)."""
-    clips = read_array(file)
-    n, frames, *_, depth = shape = clips.shape if clips.ndim > 3 else (0, 0, 0)
-    if clips.dtype != np.uint8 or clips.ndim > 5 or clips.ndim == 5 and depth not in (1, 3):
-        what = f"--data-dir is {WANTED['npz']}"
-        raise ValueError(f"{file} holds {clips.dtype} {clips.shape}: {what}")
-    if 1 < n < frames:  # more alike along the first axis than the second: that is time
-        few = clips[:20, :20].astype(np.float32)
-        jump = [np.abs(np.diff(few, axis=axis)).mean() for axis in (0, 1)]
-        if 10 * n < frames or jump[0] < 0.9 * jump[1]:
-            how = "np.swapaxes(clips, 0, 1) puts the clips first; or cut long films"
-            raise ValueError(f"{file} {shape} looks like (F, N, H, W): {how}")
-    return clips[..., 0] if shape[4:] == (1,) else clips
+def find_arrays(root):
+    """Return {number: frames (F, H, W[, 3])} of the clips in a file."""
+    x = read_array(root)
+    fits = x.dtype == np.uint8 and x.ndim > 3 and x.shape[4:] in ((), (1,), (3,))
+    if fits and 1 < x.shape[0] < x.shape[1]:  # little changes along the axis of time
+        few = x[:20, :20].astype(np.float32)
+        change = [np.abs(np.diff(few, axis=axis)).mean() for axis in (0, 1)]
+        fits = 10 * x.shape[0] > x.shape[1] and change[0] > 0.9 * change[1]
+    if not fits:
+        wanted = "uint8 (N, F, H, W) or (N, F, H, W, 3); np.swapaxes turns (F, N, H, W)"
+        raise ValueError(f"{root} holds {x.dtype} {x.shape}, not {wanted}")
+    return {f"{i:06}": clip for i, clip in enumerate(x)}
 
 
-def read_motion(file, frames):
-    """Return the motion (frames - 1,) in a file; what stands for pixels is averaged."""
-    motion = read_array(file)
-    fits = motion.ndim in (1, 3) and len(motion) == frames - 1
-    if not (fits and (motion >= 0).all()):
-        what = f"({frames - 1},) or ({frames - 1}, H, W), not negative"
-        raise ValueError(f"{file} holds {motion.shape}; {frames} frames want {what}")
-    return motion.reshape(frames - 1, -1).mean(1)
+def read_motion(cfg, name, pairs):
+    """Return the motion (pairs,) of a clip; what stands for pixels is averaged."""
+    file = Path(cfg.motion_dir, f"{name}.npy").expanduser()
+    x = read_array(file)
+    fits = x.dtype.kind in "fiu" and x.ndim in (1, 3) and len(x) == pairs
+    if not (fits and (x >= 0).all()):
+        raise ValueError(f"{file} is {x.shape}, not {pairs} numbers or maps >= 0")
+    return x.reshape(pairs, -1).mean(1)
 
 
-def find_clips(cfg, root, say):
-    """Find the clips of npz or frames, with their motion."""
-    films, length, parts = {}, cfg.seq_len, []
-    if cfg.name == "npz":
-        films = {f"{i:06}": film for i, film in enumerate(read_clips(root))}
-    else:
-        for file in find_pictures(cfg, root, say):
-            name = Path(file).parent.relative_to(root).as_posix()
-            films.setdefault(name, []).append(file)
-    short = sorted(name for name in films if len(films[name]) < length)
-    if short:
-        say(f"left out {len(short)} clips of less than {length} frames: {short[0]} ...")
-    for names in split(films.keys() - short, cfg, root):
-        items = []
+def split(names, cfg):
+    """Return which names to train on, and which to hold out."""
+    if cfg.name == "celeba":  # its own parts go by number; the third one is not used
+        numbers = {Path(name).stem: name for name in sorted(names, reverse=True)}
+        order = sorted(n for n in numbers if re.fullmatch("[0-9]{6}", n))
+        train = [numbers[n] for n in order if n <= "162770"]
+        return train, [numbers[n] for n in order if "162770" < n <= "182637"]
+    digests = {name: hashlib.sha256(os.fsencode(name)).digest() for name in names}
+    order = sorted(names, key=digests.get)
+    n = sum(digest[0] < 256 / 5 for digest in digests.values())
+    n = max(1, min(n, len(names) - 1))  # of a few names each part gets one
+    return order[n:], order[:n]
+
+
+def find(cfg, root, notes):
+    """Return the items of all other data: to train on, to hold out."""
+    found = find_arrays(root) if cfg.name == "npz" else find_files(cfg, root, notes)
+    length, parts = cfg.seq_len if cfg.name in CLIPS else 1, ([], [])
+    short = {name for name in found if len(found[name]) < length}
+    notes[f"clips of less than {length} frames left out"] |= short
+    for items, names in zip(parts, split(found.keys() - short, cfg), strict=True):
         for name in names:
-            motion, n = None, len(films[name])
-            if cfg.motion_dir:
-                motion = read_motion(Path(cfg.motion_dir, f"{name}.npy").expanduser(), n)
-            for k in range(0, n - length + 1, length):
-                moves = None if motion is None else motion[k : k + length - 1]
-                items.append((films[name][k : k + length], moves))
-        parts.append(items)
+            pairs = len(found[name]) - 1
+            motion = read_motion(cfg, name, pairs) if cfg.motion_dir else ()
+            for k in range(0, pairs - length + 2, length):
+                frames = found[name][k : k + length]
+                items.append((frames, motion[k : k + length - 1]))
+    if not all(parts):
+        how = CELEBA if cfg.name == "celeba" else "python prepare.py --help"
+        raise ValueError(f"nothing to train on or to hold out in {root}: {how}")
     return parts
 
 
@@ -253,144 +199,141 @@ def find_clips(cfg, root, say):
 def to_8_bits(image):
     """Return a grey image of 16 bits, or of floats in 0..1, with 8 bits."""
     x, top = np.asarray(image, np.float64), 1 if image.mode == "F" else 65535
-    # 32 bits have no agreed white, unless the format says 16: 0 to 255 would be black
+    # 32 bits have no agreed white, and 0 to 255 would be black; but these say 16 bits
     vague = image.mode == "I" and image.format not in ("PNG", "PPM") and x.max() < 256
     if vague or not (x.min() >= 0 and x.max() <= top):  # so NaN is refused as well
         raise ValueError(f"its values are {x.min():g} to {x.max():g}, not 0 to {top}")
     return Image.fromarray((x * (255 / top)).round().astype(np.uint8))
 
 
-def square(image, cfg):
-    """Return the middle of an image, uint8 (3, S, S), and whether its shape is odd."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
-        image = to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    (w, h), size = image.size, cfg.image_size
-    side, odd = min(w, h), w != h
-    if cfg.name == "celeba":
-        odd = (w, h) != (178, 218)  # if so, someone else has cropped it already
-        side = side if odd else 140
-    if side < size and cfg.name not in TORCHVISION:
-        raise ValueError(f"its middle {side} x {side} are less than --image-size {size}")
-    x, y = (w - side) // 2, (h - side) // 2
-    image = image.convert("RGB").crop((x, y, x + side, y + side))
-    image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1), odd
+def decode(source, cfg, notes):
+    """Return the middle of a file or an array as uint8 (3, S, S), or None: skip it."""
+    in_file, size = isinstance(source, str), cfg.image_size
+    name = source if in_file else cfg.data_dir
+    try:
+        image = Image.open(source) if in_file else Image.fromarray(np.squeeze(source))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            image = to_8_bits(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        (w, h), side = image.size, min(image.size)
+        if cfg.name == "celeba" and (w, h) == (178, 218):
+            side = 140
+        elif cfg.name == "celeba" or w != h:
+            notes["of unusual shape, cut to their middle square"].add(name)
+        if side < size and cfg.name not in LABELLED:
+            raise ValueError(f"its middle {side} x {side} is below image size {size}")
+        x, y = (w - side) // 2, (h - side) // 2
+        image = image.convert("RGB").crop((x, y, x + side, y + side))
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+        return np.asarray(image).transpose(2, 0, 1)
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        if not cfg.skip_bad_images:
+            how = "; --skip-bad-images leaves such files out" if in_file else ""
+            raise ValueError(f"cannot use {name}: {error}{how}") from None
+        notes["unusable files left out"].add(f"{name}: {error}")
 
 
-def decode(item, cfg):
-    """Return an item's pixels, uint8 (F, 3, S, S), and whether its shape is odd.
-
-    With --skip-bad-images: None, and why, if a source cannot be used.
-    """
-    squares = []
-    for source in item[0]:
-        file = source if isinstance(source, str) else None
-        try:
-            with Image.open(file) if file else Image.fromarray(source) as image:
-                squares.append(square(image, cfg))
-        except Exception as error:  # Pillow raises nearly anything on a broken file
-            why = f"{file or cfg.data_dir}: {error}"
-            if cfg.skip_bad_images:
-                return None, why
-            how = "; --skip-bad-images leaves such files out" if file else ""
-            raise ValueError(f"cannot use {why}{how}") from None
-    pixels, odd = zip(*squares, strict=True)
-    return np.stack(pixels), any(odd)
-
-
-def decode_all(items, cfg, label, extras, bad, odd):
-    """Yield the pixels of the items in blocks; append to the three lists."""
-    size = 1024 // len(items[0][0]) or 1  # items: what waits must not fill the memory
-    bar = tqdm(total=len(items), desc=label, disable=cfg.quiet or None)
-    with ThreadPool() as pool, bar:
-        for k in range(0, len(items), size):
-            block = items[k : k + size]
-            pixels = []
-            results = pool.map(partial(decode, cfg=cfg), block)
-            for (sources, extra), (x, remark) in zip(block, results, strict=True):
-                if x is None:
-                    bad.append(remark)
-                    continue
-                pixels.append(x if cfg.name in CLIPS else x[0])
-                extras.append(extra)
-                odd += [sources[0]] * remark
-            bar.update(len(block))
-            if pixels:
-                yield np.stack(pixels)
+def decode_all(items, cfg, notes):
+    """Yield the decoded frames of all items, in order; all processor cores work."""
+    sources = [source for item in items for source in item[0]]
+    # in blocks: what waits for a slow disk must not fill the memory
+    blocks = (sources[k : k + 1024] for k in range(0, len(sources), 1024))
+    one = partial(decode, cfg=cfg, notes=notes)
+    with ThreadPool() as pool:
+        frames = (frame for block in blocks for frame in pool.imap(one, block))
+        quiet = cfg.quiet or None  # None: a bar only where someone is watching
+        yield from tqdm(frames, total=len(sources), leave=False, disable=quiet)
 
 
 # ---- 4. Write ----------------------------------------------------------------------
-@contextmanager
-def undo_if_it_fails(folder):
-    """On an error remove folder and its parents, as far as they are new (and empty)."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = str(folder)  # a full disk does not say where it is full
-        for path in new:
-            with suppress(OSError):
-                shutil.rmtree(path) if path == folder else path.rmdir()
-        raise
-
-
-def save(path, blocks):
-    """Write arrays (n, ...) one after the other as one .npy file."""
-    total = 0
-    with open(path, "wb") as f:  # no memory map: on a full disk it kills the process
-        for block in blocks:
-            about = {"descr": block.dtype.str, "fortran_order": False}
-            if not total:
-                about["shape"] = (0, *block.shape[1:])
-                np.lib.format.write_array_header_1_0(f, about)
-            f.write(np.ascontiguousarray(block))
-            total += len(block)
-        if total:  # now the header, which numpy makes as long for any number
-            f.seek(0)
-            np.lib.format.write_array_header_1_0(f, {**about, "shape": (total, *block.shape[1:])})
-
-
-def keep_one_channel(paths):
-    """Drop two channels from files of arrays (N, [F,] 3, S, S) if all three are equal."""
-    arrays = [np.load(path, mmap_mode="r") for path in paths]
-
-    def red(x):
-        return (x[k : k + 256, ..., :1, :, :] for k in range(0, len(x), 256))
-
-    ...
+def write(file, items, channels, cfg, notes):
+    """Decode items into a .npy file; return the extras of those that are in it."""
+    extras, frames = [], decode_all(items, cfg, notes)
+    with open(file, "wb") as f:  # no memory map: on a full disk it kills the process
+        f.write(bytes(128))  # place for the header, which has the number of items
+        for sources, extra in items:
+            pixels = [next(frames) for _ in sources]
+            if all(x is not None for x in pixels):
+                x = np.stack(pixels)[:, :channels]
+                x = x if cfg.name in CLIPS else x[0]
+                f.write(x.tobytes())
+                extras.append(extra)
+        if not extras:
+            raise ValueError(f"none of {len(items)} images or clips is readable")
+        about = {"descr": "|u1", "fortran_order": False}
+        about["shape"] = (len(extras), *x.shape)
+        f.seek(0)
+        np.lib.format.write_array_header_1_0(f, about)
+    return extras
 
 
 def prepare(cfg):
-    """Write the folder that cfg asks for and return its path.
+    """Write the folder that cfg asks for; return its path. Its errors are for the user.
 
-    Raises ValueError or OSError, in words for the user.
+    It has another name until it is complete; what a failed run has written goes again.
     """
     say = (lambda line: None) if cfg.quiet else print
-    root = cfg.data_dir
-    if cfg.name == "celeba":
-        own = os.environ.get("CELEBA_PATH") or dotenv_values(".env").get("CELEBA_PATH")
-        root = root or own
+    cfg, root, notes = check(cfg), cfg.data_dir, defaultdict(set)
+    if cfg.name == "celeba" and not root:
+        root = os.environ.get("CELEBA_PATH") or dotenv_values(".env").get("CELEBA_PATH")
     root = Path(root or "data").expanduser()
     out = Path(cfg.out or f"data/{cfg.name}{cfg.image_size}").expanduser()
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists: delete it, or choose another --out")
-    find = find_clips if cfg.name in CLIPS else find_images
-    if cfg.name in TORCHVISION: 
-        parts = find_known(cfg, root)
-    elif not root.exists():
-        raise ...
-    else: parts = find(cfg, root, say)
-    ...
-    
-    place = out.resolve()
-    for left in place.parent.glob(f"{glob.escape(place.name)}.part-*"):
-        shutil.rmtree(left)  # of a run that was killed
+    labelled, place = cfg.name in LABELLED, out.resolve()
     part = place.with_name(f"{place.name}.part-{os.getpid()}")
-    with undo_if_it_fails(part):
+    raw = root / LABELLED.get(cfg.name, "") / "raw"  # where torchvision downloads to
+    new = [x for y in (part, raw) for x in (y, *y.parents) if not x.exists()]
+    try:
+        train, held = find_labelled(cfg, root) if labelled else find(cfg, root, notes)
+        train, held = train[: cfg.n_train or None], held[: 1024 // len(held[0][0]) or 1]
+        for killed in place.parent.glob(f"{glob.escape(place.name)}.part-*"):
+            shutil.rmtree(killed)
         part.mkdir(parents=True)
-        for ...
+        frames = (x for x in decode_all(train + held, cfg, notes) if x is not None)
+        grey = all((x == x[:1]).all() for x in frames)
+        frames.close()
+        for name, items in (("held", held), ("train", train)):
+            extras = write(part / f"{name}.npy", items, 1 if grey else 3, cfg, notes)
+            if labelled:
+                np.save(part / f"{name}_labels.npy", np.array(extras, np.int64))
+            if cfg.motion_dir:
+                np.save(part / f"{name}_motion.npy", np.array(extras, np.float32))
+        recipe = dict(zip(RECIPE, RECIPES[cfg.name], strict=True))
+        recipe["batch"] = min(recipe["batch"], 2 ** (len(extras).bit_length() - 1))
+        (part / "recipe.json").write_text(json.dumps(recipe, indent=2))
+        part.rename(place)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # a full disk does not say where
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()  # if it is empty
+        for what, files in notes.items():
+            if files:
+                say(f"{what}: {len(files)}, such as {min(files)}")
+    script = "supervideo.py" if cfg.name in CLIPS else "superminddpm.py"
+    say(f"{len(extras)} of {len(train)} to train on. Now:")
+    say(f"python {script} --data {shlex.quote(out.as_posix())}")
+    return out
+
+
+# ---- 5. Main -----------------------------------------------------------------------
+def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals know UTF-8
+    try:
+        prepare(tyro.cli(Config, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print("prepare.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
