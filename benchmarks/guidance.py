@@ -4,7 +4,7 @@
     python benchmarks/guidance.py runs/superguide-digits/last.pt
 
 Takes a checkpoint of superguide.py. For each strength w draws 1000 digits by DDIM with
-50 calls, 100 of each label, from the same noise for every w.
+50 steps, 100 of each label, from the same noise for every w.
 
  - agrees: share in which a classifier (that of benchmarks/quality.py, trained on real
    digits) sees the label that was asked for
@@ -35,8 +35,9 @@ def variety(images, labels):
 def main():
     torch.set_num_threads(1)
     ddpm = superguide.load(sys.argv[1])
-    images, labels, held, held_labels = superguide.load_images(superguide.Config())
-    images, held = images / 127.5 - 1, held / 127.5 - 1
+    cfg = superguide.Config()
+    images, held = (x / 127.5 - 1 for x in superguide.load_images(cfg))
+    labels, held_labels = superguide.load_labels(cfg)
     with torch.enable_grad():
         judge = train_judge(images, labels)
     right = (judge(held).argmax(1) == held_labels).float().mean()

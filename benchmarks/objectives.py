@@ -1,15 +1,15 @@
-"""Noise, image, or v? The same digits, told in three ways, and the weights beside them.
+"""Noise, image, or v? The same digits with each objective, schedules and weights.
 
-    python benchmarks/objectives.py              5 ways, 2 seeds: about 8 minutes
+    python benchmarks/objectives.py              6 ways, 2 seeds: about 12 minutes
     python benchmarks/objectives.py eps v        some of them
 
-Trains superobjective.py with the default recipe. Runs with one seed start from equal
-weights and see the same images, t and noise. Three scores:
+Trains superobjective.py with its defaults. Runs with one seed start from equal weights
+and see the same images, t and noise. Three scores:
 
  - held-out error of eps_hat: comparable for equal schedules only
  - held-out error of x0_hat, clipped as in sampling, at ten log-SNRs from -8 to 6, the
    same for every schedule: each at the t that is nearest to it
- - 720 drawn images (DDIM, 50 calls), scored as in benchmarks/quality.py
+ - 720 drawn images (DDIM, 50 steps), scored as in benchmarks/quality.py
 
 Each run is a line of benchmarks/results/objectives.jsonl, and a run that is there is
 not made again; the table goes to objectives.txt.
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from quality import score, train_judge
 
+import superguide
 import superobjective
 from superobjective import Config, load_images, rng
 
@@ -39,10 +40,11 @@ ARMS = {
     "eps": {"objective": "eps", **LINEAR},
     "x0": {"objective": "x0", **LINEAR},
     "v": {"objective": "v", **LINEAR},
+    "eps, cosine": {"objective": "eps", "schedule": "cosine", "weighting": "none"},
     "v, cosine": {"objective": "v", "schedule": "cosine", "weighting": "none"},
     "default": {},  # v, cosine, min-snr
 }
-OTHER_UNIT = {("default", "held_loss"), ("v, cosine", "held_loss")}
+COSINE = ("eps, cosine", "v, cosine", "default")  # not one held_loss with the others
 SCORES = {
     "held_loss": "error of eps_hat",
     "x0": "error of x0_hat",
@@ -54,27 +56,26 @@ SCORES = {
 @torch.no_grad()
 def x0_error(ddpm, held):
     """Return the mean squared error of x0_hat over ten log-SNRs with fixed noise."""
-    ab, x0, errors = ddpm.alphabar[1:].double(), held / 127.5 - 1, []
+    ab, errors = ddpm.alphabar[1:].double(), []
     for k, level in enumerate(torch.linspace(-8, 6, 10)):
         t = int((ab.logit() - level).abs().argmin()) + 1
-        t = torch.full((len(x0),), t)
-        eps = torch.randn(x0.shape, generator=rng("cpu", k, 11))
-        x0_hat, _ = ddpm.predict(ddpm.q_sample(x0, t, eps), t)
-        errors.append((x0_hat - x0).square().mean().item())
+        t = torch.full((len(held),), t)
+        eps = torch.randn(held.shape, generator=rng("cpu", k, 11))
+        x0_hat, _ = ddpm.predict(ddpm.q_sample(held, t, eps), t)
+        errors.append((x0_hat - held).square().mean().item())
     return sum(errors) / len(errors)
 
 
 def run(arm, seed, data, judge):
     """Train one run; return its line of the results."""
-    images, _, held, held_labels = data
-    out = f"{tempfile.mkdtemp()}/run"
-    cadence = {"sample_every": 10**6, "save_every": 10**6, "quiet": True}
-    ddpm = superobjective.train(Config(out=out, seed=seed, **cadence, **ARMS[arm]))
-    row = superobjective.read_checkpoint(f"{out}/last.pt")["history"][-1]
+    images, held, held_labels = data
+    with tempfile.TemporaryDirectory() as out:
+        cfg = Config(out=out, seed=seed, every=10**6, quiet=True, **ARMS[arm])
+        ddpm = superobjective.train(cfg)
+        row = superobjective.read_checkpoint(f"{out}/last.pt")["history"][-1]
     xt = torch.randn(720, *ddpm.shape, generator=torch.Generator().manual_seed(seed))
     drawn = ((ddpm.sample(xt.shape, xt=xt) + 1) * 127.5).round() / 127.5 - 1
-    real, unseen = images / 127.5 - 1, held / 127.5 - 1
-    scores = score(drawn, real, unseen, held_labels, judge)
+    scores = score(drawn, images, held, held_labels, judge)
     line = {"arm": arm, "seed": seed, "held_loss": row["held_loss"]}
     return line | {"x0": x0_error(ddpm, held)} | scores
 
@@ -90,7 +91,7 @@ def table(lines):
             row += f"{np.mean([line[key] for line in own]):22.4f}"
             base = {line["seed"]: line[key] for line in runs["eps"]}
             d = [line[key] - base[line["seed"]] for line in own if line["seed"] in base]
-            if arm == "eps" or len(d) < 2 or (arm, key) in OTHER_UNIT:
+            if arm == "eps" or len(d) < 2 or key == "held_loss" and arm in COSINE:
                 less += f"{'':22}"
                 continue
             se = np.std(d, ddof=1) / len(d) ** 0.5
@@ -108,12 +109,14 @@ def main():
     results = ROOT / "benchmarks" / "results" / "objectives.jsonl"
     text = results.read_text() if results.exists() else ""
     lines, judge = [json.loads(line) for line in text.splitlines()], None
-    data = load_images(Config())
+    images, held = (x / 127.5 - 1 for x in load_images(Config()))
+    labels, held_labels = superguide.load_labels(superguide.Config())
+    data = images, held, held_labels
     done = {(line["arm"], line["seed"]) for line in lines}
     for seed in range(2):
         for arm in sys.argv[1:] or ARMS:
             if (arm, seed) not in done:
-                judge = judge or train_judge(data[0] / 127.5 - 1, data[1])
+                judge = judge or train_judge(images, labels)
                 lines.append(run(arm, seed, data, judge))
                 with open(results, "a") as f:
                     f.write(json.dumps(lines[-1]) + "\n")
