@@ -1,160 +1,105 @@
-"""Samplers: one trained network, and four roads from noise to an image.
+"""Samplers: one trained network, and four ways from noise to an image.
 
-This is superminddpm.py plus lines that are marked `# + sample`; to read the idea, run
-`diff superminddpm.py supersample.py`. Training is the base's, bit for bit. A sampler
-needs no more of a network than eps_hat(x_t, t) and alphabar, so any network will do.
+This is superminddpm.py plus lines marked `# + sample` and one Idea section. It draws
+from a checkpoint of any script here. The script that wrote it reads it, so objective,
+schedule, mask, labels and architecture mean what they meant in training: a sampler
+needs no more of a model than `predict(xt, t)` and `alphabar`. The heart is `solve`.
 
-    python supersample.py                     8x8 digits in about a minute: the base's
-                                              run, then samplers.png and samplers.csv
-    torchrun --nproc_per_node=2 supersample.py      the same on two processes
+    python supersample.py --sample runs/superminddpm-digits/last.pt --n-samples 100
     python supersample.py --sample FILE --sampler dpmpp --sampling-steps 10
-    python supersample.py --sample FILE --sampler ddpm --sampling-steps 1000
-    python benchmarks/samplers.py FILE        quality against 5 to 1000 calls, on digits
+    python supersample.py --sample FILE --labels 0 1 2 --guidance 0 1 3
+    torchrun --nproc_per_node=2 supersample.py --sample FILE        the same images
+    python supersample.py                 off: the base's run, and then images of it
 
- - ddpm: Ho, Jain and Abbeel 2020, arXiv:2006.11239, Algorithm 2, with sigma^2 = beta or
-   beta-tilde. With fewer calls than T the chain skips times and has betas of its own.
- - ddim: Song, Meng and Ermon 2020, arXiv:2010.02502. Eta 0 is Euler's method for the
-   ODE that leads each noise to its image; the two below solve that same ODE.
- - heun: Karras et al. 2022, arXiv:2206.00364, Algorithm 1 in sigma = noise / signal:
-   the mean of the slopes at both ends of a step, second order, two calls.
- - dpmpp: DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095, Algorithm 2: second order
-   with one call, since it remembers the x0_hat before.
+ - ddpm: Algorithm 2; with fewer steps than T the chain skips times. ddim with eta 0 is
+   Euler's method for the ODE that leads each noise to its image (arXiv:2010.02502).
+ - heun: Karras et al. 2022, arXiv:2206.00364, Algorithm 1 in sigma = noise / signal.
+ - dpmpp: DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095, Algorithm 2.
 
-FILE is a checkpoint of any script of this repository. What another script wrote, that
-script reads, so it must lie beside this one: its objective, schedule, mask, labels and
-architecture mean there what they meant in training, and no copy of them can drift.
-Without --labels a run of superguide.py draws what it draws without any.
-
-Different from the papers, and why:
- 1. --sampling-steps counts network calls for all of them, so that they compare: Heun
-    makes about half as many steps. The base's ddpm makes T calls; here, ask for them.
- 2. The last step, to t = 0, is of first order in heun and dpmpp: log-SNR ends there.
- 3. x0_hat is clipped to [-1, 1] and eps_hat rederived at every call of every sampler;
-    the papers' solvers do not clip, and --no-clip does not either.
-
-Measured (benchmarks/samplers.py: digits, default run, mean of three seeds of noise;
-Frechet distance, 1 is as good as real): 10 calls give 2.31 with ddpm, 1.86 with ddim,
-1.97 with heun, 1.24 with dpmpp, 1.02 with dpmpp and --spacing quadratic; 100 calls of
-ddim 1.09. From 50 calls on the samplers differ by less than the seeds do.
+Unlike in the papers x0_hat is clipped at each call. Image i depends on the seed and i
+alone, not on --batch or the number of processes.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
 import copy
-import csv
-import hashlib
+import dataclasses  # + sample
+import io
 import json
-import math
 import os
 import sys
-import time
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from functools import partial
-from importlib import import_module  # + sample
-from importlib.util import find_spec
-from multiprocessing.pool import ThreadPool
+import warnings
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal  # + sample
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from dotenv import load_dotenv
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image  # + sample
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
+from torchvision import utils  # + sample
+from torchvision.transforms import functional as pil  # + sample
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-# What each data set asks for; an option on the command line wins.
-RECIPE = "image_size n_feat epochs batch lr ema_decay sample_every save_every".split()
-RECIPES = {
-    "digits": (8, 16, 75, 64, 1.2e-2, 0.995, 15, 25),
-    "mnist": (28, 32, 20, 128, 2e-3, 0.999, 1, 5),
-    "fashion": (28, 32, 20, 128, 2e-3, 0.999, 1, 5),
-    "cifar10": (32, 64, 200, 128, 1e-3, 0.9995, 5, 20),
-    "celeba": (32, 32, 80, 256, 1e-3, 0.9995, 1, 10),
-    "folder": (32, 32, 100, 64, 1e-3, 0.999, 5, 20),
-}
-SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp")  # + sample
+SCRIPT = Path(__file__).stem
+warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a run; the recipe of the data set fills in what is None."""
+    """The options of a run; these values suit the digits."""
 
-    data: Literal[tuple(RECIPES)] = "digits"  # what to learn; all but digits need files
-    data_dir: str = ""  # where they lie (empty: data; for celeba $CELEBA_PATH or .env)
-    download: bool = False  # let torchvision fetch mnist, fashion or cifar10
-    skip_bad_images: bool = False  # celeba, folder: leave out files that do not decode
-    image_size: int = None  # pixels a side after centre crop and resize; 4 divides it
-    n_train: int = 0  # use the first N training images (0: all)
-    n_feat: int = None  # width in channels; 8 divides it; the bottleneck has 2 n-feat
-    T: int = 1000  # noise steps; the betas scale by 1000/T
-    epochs: int = None  # passes over the training images
-    steps: int = 0  # optimizer steps, instead of epochs (0: epochs decide)
-    batch: int = None  # images a step, over all processes together
-    lr: float = None  # highest learning rate of AdamW
-    lr_decay: bool = True  # let it fall to 0 towards the end, linearly
-    warmup: int = 50  # steps over which it rises from 0
-    grad_clip: float = 1.0  # largest norm of the gradient (0: off)
-    ema_decay: float = None  # of the averaged weights, per step (0: no average)
+    data: str = "digits"  # digits (nothing to download), or a folder made by prepare.py
+    n_feat: int = 16  # width of the network in channels, a multiple of 8
+    T: int = 1000  # number of noise levels
+    epochs: int = 180  # passes over the training images
+    steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
+    batch: int = 128  # images per step, over all processes together
+    lr: float = 1e-2  # peak learning rate of Adam; it falls linearly to 0
+    warmup: int = 50  # steps over which the learning rate rises from 0
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
+    flip: bool = False  # mirror the images of every other step: for faces, not digits
     seed: int = 0  # of weights, order, noise and samples
-    bf16: bool = True  # bf16 autocast where the GPU is fast at it (Ampere and later)
+    every: int = 30  # epochs between rows of metrics, sample grids and checkpoints
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, mps ...
+    bf16: bool = False  # bfloat16 autocast, for hardware that is fast at it
     compile: bool = False  # torch.compile the network: a slow start, then faster
-    out: str = ""  # folder to write (empty: runs/SCRIPT-DATA, or the next free number)
-    resume: str = ""  # checkpoint to go on from; auto: the last one, if there is one
-    save_every: int = None  # epochs between checkpoints
-    sample_every: int = None  # epochs between rows of metrics and sample grids
-    init: str = ""  # checkpoint whose averaged weights to start from (fine-tuning)
-    delete_keys: str = ""  # with --init: weights to leave out, by prefix, as in a,b
-    log: Literal["none", "tensorboard", "wandb"] = "none"  # extra logging
+    out: str = ""  # folder to write (empty: runs/SCRIPT-DATA)
+    resume: bool = False  # go on with the run in that folder, or begin it
+    wandb: bool = False  # log to Weights & Biases as well
     quiet: bool = False  # no progress bar and no messages
-    sample: str = ""  # do not train, draw images from this checkpoint
-    n_samples: int = 64  # with --sample: how many PNG files; the grid shows up to 400
-    sampler: Literal["ddim", "ddpm"] = "ddim"  # with --sample; ddpm makes all T steps
-    sampling_steps: int = 50  # with --sample: network calls of ddim
-    eta: float = 0.0  # with --sample: fresh noise of ddim, 0 (none) to 1 (like ddpm)
-    ema: bool = True  # with --sample: averaged weights rather than raw ones
-    sampler: Literal[SAMPLERS] = "ddim"  # + sample
-    """with --sample; dpmpp is DPM-Solver++(2M)"""  # + sample
+    sample: str = ""  # + sample
+    """checkpoint of any script to draw from (empty: train, then draw)"""  # + sample
+    n_samples: int = 64  # + sample
+    """number of images: 000000.png, 000001.png ..., and a grid of them"""  # + sample
+    sampler: Literal["ddpm", "ddim", "heun", "dpmpp"] = "ddim"  # + sample
+    """the solver; dpmpp is DPM-Solver++(2M)"""  # + sample
     sampling_steps: int = 50  # + sample
-    """with --sample: network calls, of every sampler; T at most"""  # + sample
-    spacing: Literal["linear", "quadratic", "trailing"] = "trailing"  # + sample
-    """where the calls lie in 1..T; quadratic: more of them at low noise"""  # + sample
-    variance: Literal["beta", "beta-tilde"] = "beta"  # + sample
-    """of the noise of ddpm"""  # + sample
-    clip: bool = True  # + sample
-    """clip x0_hat to [-1, 1] and rederive eps_hat"""  # + sample
-    calls: str = "5,10,20,50"  # + sample
-    """at the end of training, compare all samplers at these (empty: off)"""  # + sample
-    labels: str = ""  # + sample
-    """with --sample FILE of superguide.py: what to draw, as in 0,1,2"""  # + sample
-    guidance: float = 1.0  # + sample
-    """with --labels: strength w; 0 no label, 1 label, above 1 more"""  # + sample
+    """calls of the network, T at most"""  # + sample
+    eta: float = 0.0  # + sample
+    """fresh noise of ddim, from 0 (none) to 1 (as in ddpm)"""  # + sample
+    labels: tuple[int, ...] = ()  # + sample
+    """labels to ask superguide.py's network for (empty: all in turn)"""  # + sample
+    guidance: tuple[float, ...] = (1.0,)  # + sample
+    """strengths for each label: 0 without it, 1 with it, above 1 more so"""  # + sample
+    ema: bool = True  # + sample
+    """averaged weights of the checkpoint rather than raw ones"""  # + sample
 
     def __post_init__(self):
-        for name, value in zip(RECIPE, RECIPES[self.data], strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        counts = ("n_samples", "sampling_steps", *RECIPE)
         for name, value in asdict(self).items():
-            least = 1 if name in counts and isinstance(value, int) else 0
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
+            least = 1 if name in ("n_feat", "epochs", "batch", "every") else 0
+            if isinstance(value, (int, float)) and not least <= value < 2**63:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
-        if self.image_size < 8 or self.image_size % 4 or self.n_feat % 8:
-            raise ValueError("--image-size is 8, 12, 16 ..., --n-feat is 8, 16, 24 ...")
-        if self.T < 25 or self.ema_decay >= 1 or self.eta > 1:
-            raise ValueError("--T is 25 or more, --ema-decay below 1, --eta at most 1")
-        whole_numbers(self, "calls", least=1)  # + sample
-        whole_numbers(self, "labels")  # + sample
+        if self.n_feat % 8 or self.T < 25 or self.ema_decay >= 1:
+            raise ValueError("--n-feat is 8, 16 ..., --T 25 or more, --ema-decay < 1")
+        if self.eta > 1 or min(self.sampling_steps, self.n_samples) < 1:  # + sample
+            raise ValueError("--eta is 0 to 1, the numbers above 0")  # + sample
 
 
 # ---- 2. Data -----------------------------------------------------------------------
@@ -164,123 +109,14 @@ def rng(device, *key):
     return torch.Generator(device).manual_seed(seed)
 
 
-def hold_out(n):
-    """Return which of n images to train on, and the fixed fifth that is held out."""
-    order = torch.randperm(n, generator=rng("cpu", 0)).tolist()
-    return order[n // 5 :], order[: n // 5]
-
-
-def find_files(cfg):
-    """Return the image files of celeba or folder to train on, and those to hold out."""
-    root, wanted = cfg.data_dir or "data", "5 images or more, in any sub-folders"
-    if cfg.data == "celeba":
-        load_dotenv(".env")
-        root = cfg.data_dir or os.environ.get("CELEBA_PATH", "data")
-        wanted = "img_align_celeba/*.jpg of mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-    tree = ((top, name) for top, _, names in os.walk(root) for name in names)
-    files = [os.path.join(*at) for at in tree if at[1].lower().endswith(IMG_EXTENSIONS)]
-    files.sort()
-    if cfg.data == "celeba":  # the official parts go by number; the third is for tests
-        train = [f for f in files if os.path.basename(f)[:6] <= "162770"]
-        held = [f for f in files if "162770" < os.path.basename(f)[:6] <= "182637"]
-    else:
-        train, held = ([files[i] for i in part] for part in hold_out(len(files)))
-    if not (train and held):
-        raise FileNotFoundError(f"too few images in {root}; --data-dir wants {wanted}")
-    return train[: cfg.n_train or None], held[:1024]
-
-
-def decode(file, cfg):
-    """Return the middle square of an image file, on white, as (S, S, 3) bytes."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        side = 140 if cfg.data == "celeba" else min(image.size)  # 140: just the face
-        if min(side, *image.size) < cfg.image_size:
-            raise ValueError(f"{image.size} is too small for --image-size")
-        size = (cfg.image_size, cfg.image_size)
-        return center_crop(image, side).resize(size, Image.Resampling.LANCZOS).tobytes()
-    except Exception as error:  # PIL raises nearly anything on a broken file
-        if cfg.skip_bad_images:
-            return b""
-        how = "--skip-bad-images leaves such files out"
-        raise ValueError(f"cannot use {file}: {error}; {how}") from None
-
-
-def decode_all(files, cfg):
-    """Return files as uint8 (N, S, S, 3), mapped from a cache (made if missing)."""
-    about = [cfg.data, cfg.image_size, cfg.skip_bad_images]
-    stats = zip(files, map(os.stat, files), strict=True)
-    about += [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
-    key = hashlib.sha1(repr(about).encode()).hexdigest()
-    cache = Path("runs", "cache", f"{cfg.data}-{key}.bin")
-    whole = len(files) * cfg.image_size**2 * 3
-    fits = cache.exists() and (cfg.skip_bad_images or cache.stat().st_size == whole)
-    if not fits:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}")
-        try:
-            with ThreadPool() as pool, open(part, "wb") as f:
-                # in blocks: what waits to be written must not fill the memory
-                blocks = (files[k : k + 1024] for k in range(0, len(files), 1024))
-                one = partial(decode, cfg=cfg)
-                pixels = (image for block in blocks for image in pool.imap(one, block))
-                for image in tqdm(pixels, "decoding", len(files), disable=cfg.quiet):
-                    f.write(image)
-            part.replace(cache)
-        finally:
-            part.unlink(missing_ok=True)
-    size = cache.stat().st_size
-    if not size:
-        raise ValueError(f"none of {len(files)} images is readable")
-    # shared: Linux refuses a private mapping that is larger than the memory
-    pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
-    pixels = pixels.view(-1, cfg.image_size, cfg.image_size, 3)
-    if len(pixels) < len(files):
-        print(f"left out {len(files) - len(pixels)} of {len(files)} unreadable images")
-    return pixels
-
-
-def as_images(pixels, classes, n, size):
-    """Return the first n (0: all) of pixels (N, H, H[, C]) as (n, C, size, size)."""
-    x = torch.as_tensor(pixels[: n or None])
-    x = x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2)
-    if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return x, None if classes is None else torch.as_tensor(classes)[: len(x)]
-
-
 def load_images(cfg):
-    """Return images, labels, held, held_labels of the data set cfg.data.
-
-    images, held: uint8 (N, C, S, S). held is never trained on: the set's own test or
-    validation part, or else a fixed fifth. labels: int64 (N,), or None without any.
-    Raises FileNotFoundError or ValueError that says what to do.
-    """
+    """Return the images to train on and those held out, uint8 (N, C, S, S)."""
     if cfg.data == "digits":
-        digits = load_digits()
-        pixels = (digits.images * 255 / 16).round().astype(np.uint8)
-        train, held = ((pixels[i], digits.target[i]) for i in hold_out(len(pixels)))
-    elif cfg.data in ("celeba", "folder"):
-        train, held = (decode_all(files, cfg) for files in find_files(cfg))
-        if all((x == x[..., :1]).all() for x in (held, *train.split(4096))):  # grey
-            train, held = train[..., :1], held[..., :1]
-        train, held = (train, None), (held, None)
-    else:
-        names = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
-        name, root = names[cfg.data], cfg.data_dir or "data"
-        try:
-            both = [
-                getattr(datasets, name)(root, train=part, download=cfg.download)
-                for part in (True, False)
-            ]
-        except Exception:  # missing, broken and unreachable files raise different ones
-            how = "--data-dir says where it lies, --download gets it"
-            raise FileNotFoundError(f"no usable {name} in {root}: {how}") from None
-        train, held = ((part.data, part.targets) for part in both)
-    images, labels = as_images(*train, cfg.n_train, cfg.image_size)
-    return images, labels, *as_images(*held, 1024, cfg.image_size)
+        images = torch.tensor(load_digits().images * 255 / 16).round().byte()[:, None]
+        order = torch.randperm(len(images), generator=rng("cpu", 0))
+        return images[order[len(images) // 5 :]], images[order[: len(images) // 5]]
+    files = [Path(cfg.data, part).expanduser() for part in ("train.npy", "held.npy")]
+    return [torch.from_numpy(np.load(file, mmap_mode="r")) for file in files]
 
 
 # ---- 3. UNet -----------------------------------------------------------------------
@@ -303,12 +139,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Tell the noise in x_t: three downs, a bottleneck vector, three ups with skips.
-
-    net(xt, t): xt (B, channels, S, S), where 4 divides S; t (B,) int64 in 1..T; returns
-    eps_hat, like xt. n_feat: the width, a multiple of 8. Mind the skips d1, d2 and d3:
-    what they carry does not pass the bottleneck.
-    """
+    """Three downs, a bottleneck vector, three ups; the skips d1, d2, d3 pass it by."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -324,17 +155,14 @@ class UNet(nn.Module):
         self.up1 = Block(2 * n + 4 * n, 2 * n, c_time)
         self.up2 = Block(2 * n + 2 * n, n, c_time)
         self.up3 = Block(n + n, n, c_time)
-        self.norm = nn.GroupNorm(8, n)
-        self.out = nn.Conv2d(n, channels, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.norm, self.out = nn.GroupNorm(8, n), nn.Conv2d(n, channels, 3, padding=1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, t):
-        half = self.time1.in_features // 2
-        freq = 10000 ** (-torch.arange(half, device=t.device) / half)
-        angle = t[:, None] * freq
-        temb = F.silu(self.time1(torch.cat([angle.sin(), angle.cos()], dim=1)))
-        temb = F.silu(self.time2(temb))
+        half = self.init.out_channels
+        angle = t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)
+        temb = self.time1(torch.cat([angle.sin(), angle.cos()], dim=1))
+        temb = F.silu(self.time2(F.silu(temb)))
         d1 = self.down1(self.init(xt), temb)  # (B, n, S, S)
         d2 = self.down2(F.avg_pool2d(d1, 2), temb)  # (B, 2n, S/2, S/2)
         d3 = self.down3(F.avg_pool2d(d2, 2), temb)  # (B, 4n, S/4, S/4)
@@ -342,732 +170,388 @@ class UNet(nn.Module):
         vec = F.silu(vec + self.vec_time(temb)[:, :, None, None])  # the bottleneck
         h = self.up0(vec).expand(-1, -1, *d3.shape[2:])
         h = self.up1(torch.cat([h, d3], dim=1), temb)
-        h = F.interpolate(h, scale_factor=2)
-        h = self.up2(torch.cat([h, d2], dim=1), temb)
-        h = F.interpolate(h, scale_factor=2)
-        h = self.up3(torch.cat([h, d1], dim=1), temb)
-        eps_hat = self.out(F.silu(self.norm(h)))
-        return eps_hat
+        h = self.up2(torch.cat([F.interpolate(h, scale_factor=2), d2], dim=1), temb)
+        h = self.up3(torch.cat([F.interpolate(h, scale_factor=2), d1], dim=1), temb)
+        return self.out(F.silu(self.norm(h)))
 
 
 # ---- 4. Diffusion ------------------------------------------------------------------
-def at(table, t, x):
-    """Return table[t] as (B, 1, ...), to be multiplied with x, which is (B, ...)."""
-    return table[t].view(-1, *[1] * (x.dim() - 1))
-
-
 class DDPM(nn.Module):
-    """The noise schedule, the loss and the samplers around net(xt, t) -> eps_hat.
+    """The noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,).
 
-    Buffers beta, alpha, alphabar (T+1,): index t is the paper's t, and 0 is clean data.
-    Below, x0, xt and eps are (B, C, S, S), and t and s (B,) int64.
+    Buffers beta, alphabar (T+1,): index t is the paper's t, index 0 is clean data.
     """
 
-    def __init__(self, net, T=1000, bf16=False):
+    def __init__(self, net, T=1000):
         super().__init__()
-        self.net, self.T, self.bf16 = net, T, bf16
-        self.spacing, self.variance, self.clip = "trailing", "beta", True  # + sample
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-        beta = F.pad(beta, (1, 0))
+        self.net, self.T = net, T
+        place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
+        abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
+        beta = F.pad((1 - abar[1:] / abar[:-1]).clamp(max=0.999), (1, 0))
         self.register_buffer("beta", beta.float())
-        self.register_buffer("alpha", (1 - beta).float())
         self.register_buffer("alphabar", (1 - beta).cumprod(0).float())
 
     def q_sample(self, x0, t, eps):
         """Return x_t ~ q(x_t | x_0), Eq. 4."""
-        ab = at(self.alphabar, t, x0)
+        ab = self.alphabar[t, None, None, None]
         return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
     def eps_hat(self, xt, t):
-        """Return the network's guess of the noise in xt, float32."""
-        fast = self.bf16 and xt.is_cuda
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=fast):
-            eps_hat = self.net(xt, t)
-        return eps_hat.float()
+        """Return the predicted noise in xt."""
+        out = self.net(xt, t)
+        eps_hat = xt + out
+        return eps_hat
 
-    def residual(self, x0, t, eps):
-        """Return eps_hat(x_t, t) - eps, which training makes small."""
-        xt = self.q_sample(x0, t, eps)
-        return self.eps_hat(xt, t) - eps
-
-    def forward(self, x0, t=None, eps=None):
-        """Return the loss, Eq. 14, a scalar. None: t is uniform in 1..T, eps normal."""
-        if t is None:
-            t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device)
-        if eps is None:
-            eps = torch.randn_like(x0)
-        residual = self.residual(x0, t, eps)
+    def forward(self, x0, t, eps):
+        """Return the loss of Algorithm 1, Eq. 14, a scalar."""
+        residual = self.eps_hat(self.q_sample(x0, t, eps), t) - eps
         error = residual.square().flatten(1).mean(1)  # (B,)
-        loss = error.mean()
-        return loss
+        return error.mean()
 
     def predict(self, xt, t):
-        """Return x0_hat, Eq. 15, clipped to [-1, 1], and the eps_hat that fits it."""
-        ab = at(self.alphabar, t, xt)
+        """Return x0_hat, Eq. 15, clipped to [-1, 1], and the eps_hat that agrees."""
+        ab = self.alphabar[t, None, None, None]
         eps_hat = self.eps_hat(xt, t)
-        x0_hat = (xt - (1 - ab).sqrt() * eps_hat) / ab.sqrt()
-        if not self.clip:  # + sample
-            return x0_hat, eps_hat  # + sample
-        x0_hat = x0_hat.clamp(-1, 1)
-        eps_hat = (xt - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
-        return x0_hat, eps_hat
+        x0_hat = ((xt - (1 - ab).sqrt() * eps_hat) / ab.sqrt()).clamp(-1, 1)
+        return x0_hat, (xt - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
 
-    def p_sample(self, xt, t, generator=None):
-        """Return x_{t-1} ~ p(x_{t-1} | x_t), Algorithm 2 with sigma^2 = beta."""
-        beta = at(self.beta, t, xt)
-        ab = at(self.alphabar, t, xt)
-        _, eps_hat = self.predict(xt, t)
-        mean = (xt - beta / (1 - ab).sqrt() * eps_hat) / (1 - beta).sqrt()
-        z = torch.randn(xt.shape, generator=generator, device=xt.device)
-        z = own_noise(self.net, z)  # + sample
-        z[t == 1] = 0
-        return mean + beta.sqrt() * z
+    def p_sample(self, xt, t, s, eta, z):
+        """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-    def ddim_step(self, xt, t, s, eta=0.0, generator=None):
-        """Return x_s from x_t, s < t, Eq. 12 and 16 of DDIM; eta is 0 to 1."""
-        ab = at(self.alphabar, t, xt)
-        ab_s = at(self.alphabar, s, xt)
+        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
+        """
+        ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
         x0_hat, eps_hat = self.predict(xt, t)
         sigma = eta * ((1 - ab_s) / (1 - ab) * (1 - ab / ab_s)).sqrt()
-        z = torch.randn(xt.shape, generator=generator, device=xt.device)
-        z = own_noise(self.net, z)  # + sample
-        towards = (1 - ab_s - sigma**2).clamp(min=0).sqrt()
-        return ab_s.sqrt() * x0_hat + towards * eps_hat + sigma * z
+        rest = (1 - ab_s - sigma**2).clamp(min=0).sqrt()
+        return ab_s.sqrt() * x0_hat + rest * eps_hat + sigma * z
 
     @torch.no_grad()
-    def sample(self, shape, steps=50, sampler="ddim", eta=0.0, generator=None, xt=None):
-        """Return images (B, C, S, S) in [-1, 1], made from the noise xt (None: drawn).
-
-        steps: network calls of ddim, T at most; ddpm makes T.
-        """
-        device = self.beta.device
+    def sample(self, shape, steps=50, eta=0.0, generator=None, xt=None):
+        """Return images in [-1, 1] from the noise xt (None: drawn); steps is 1 to T."""
+        times = torch.linspace(self.T, 0, steps + 1).round().long().to(self.beta.device)
         if xt is None:
-            xt = torch.randn(shape, generator=generator, device=device)
-        xt = own_noise(self.net, xt)  # + sample
-        solver = Solver(self, sampler, min(steps, self.T), generator)  # + sample
-        steps = self.T if sampler == "ddpm" else min(steps, self.T)
-        times = torch.linspace(self.T, 0, steps + 1).round().long().to(device)
-        times = solver.times.to(device)  # + sample
+            xt = torch.randn(shape, generator=generator, device=times.device)
         for t, s in zip(times[:-1], times[1:], strict=True):
-            t, s = t.expand(len(xt)), s.expand(len(xt))
-            if solver.step:  # + sample
-                xt = solver.step(xt, t, s)  # + sample
-                continue  # + sample
-            if sampler == "ddpm":
-                xt = self.p_sample(xt, t, generator)
-            else:
-                xt = self.ddim_step(xt, t, s, eta, generator)
+            z = torch.randn(xt.shape, generator=generator, device=times.device)
+            xt = self.p_sample(xt, t.expand(len(xt)), s.expand(len(xt)), eta, z)
         return xt.clamp(-1, 1)
 
 
 # ---- Idea: sample ------------------------------------------------------------------
-def spaced(T, n, spacing):
-    """Return n + 1 times that fall from T to 0, int64; n is at most T.
-
-    trailing: equal steps, as in the base; linear: n times from T to 1, then 0;
-    quadratic: as squares, so that low noise gets more of them.
-    """
-    if spacing == "linear":
-        return F.pad(torch.linspace(T, 1, n).round().long(), (0, 1))
-    if spacing == "quadratic":
-        i = torch.arange(n, -1, -1)
-        return torch.maximum((T * (i / n) ** 2).round().long(), i)
-    return torch.linspace(T, 0, n + 1).round().long()
-
-
-class Solver:
-    """One road from noise to an image: its times, and its step from x_t to x_s, s < t.
-
-    calls: how often the network is asked on the way, 1 to T. step(xt, t, s) is None
-    where the base has the step: ddim, and ddpm with all T calls and variance beta.
-    """
-
-    def __init__(self, ddpm, sampler, calls, generator=None):
-        n = calls // 2 + 1 if sampler == "heun" else calls
-        self.model, self.generator = ddpm, generator
-        self.times = spaced(ddpm.T, n, ddpm.spacing)
-        all_T = sampler == "ddpm" and calls == ddpm.T and ddpm.variance == "beta"
-        self.step = None if sampler == "ddim" or all_T else getattr(self, sampler)
-        self.second = calls - n  # how many steps of heun ask twice, the first ones
-        self.before = None  # the x0_hat and the log-SNR that dpmpp remembers
-
-    def ddpm(self, xt, t, s):
-        """Return x_s ~ p(x_s | x_t), Algorithm 2 with the one beta from s to t."""
-        ab, ab_s = at(self.model.alphabar, t, xt), at(self.model.alphabar, s, xt)
-        _, eps_hat = self.model.predict(xt, t)
-        beta = 1 - ab / ab_s
-        mean = (xt - beta / (1 - ab).sqrt() * eps_hat) / (1 - beta).sqrt()
-        if self.model.variance == "beta-tilde":
-            beta = beta * (1 - ab_s) / (1 - ab)
-        z = torch.randn(xt.shape, generator=self.generator, device=xt.device)
-        z = own_noise(self.model.net, z)
-        z[s == 0] = 0
-        return mean + beta.sqrt() * z
-
-    def heun(self, xt, t, s):
-        """Return x_s; eps_hat is the slope of x / sqrt(abar) over sigma."""
-        ab, ab_s = at(self.model.alphabar, t, xt), at(self.model.alphabar, s, xt)
-        x0_hat, eps_hat = self.model.predict(xt, t)
-        xs = ab_s.sqrt() * x0_hat + (1 - ab_s).sqrt() * eps_hat  # Euler, that is ddim
-        if self.second > 0:
-            self.second -= 1
-            width = ((1 - ab_s) / ab_s).sqrt() - ((1 - ab) / ab).sqrt()
-            _, there = self.model.predict(xs, s)
-            xs = xs + ab_s.sqrt() * width * (there - eps_hat) / 2
-        return xs
-
-    def dpmpp(self, xt, t, s):
-        """Return x_s by the line over log-SNR through the last two x0_hat."""
-        ab, ab_s = at(self.model.alphabar, t, xt), at(self.model.alphabar, s, xt)
-        lam, lam_s = ((a / (1 - a)).log() / 2 for a in (ab, ab_s))
-        x0_hat, _ = self.model.predict(xt, t)
-        middle = x0_hat
-        if self.before and (s > 0).all():
-            older, lam_older = self.before
-            middle = x0_hat + (x0_hat - older) * (lam_s - lam) / (lam - lam_older) / 2
-        self.before = x0_hat, lam
-        ratio = ((1 - ab_s) / (1 - ab)).sqrt()
-        return ratio * xt + (ab_s.sqrt() - ratio * ab.sqrt()) * middle
-
-
-def choose(ddpm, cfg):
-    """Return ddpm, set to sample as cfg says."""
-    ddpm.spacing, ddpm.variance, ddpm.clip = cfg.spacing, cfg.variance, cfg.clip
-    return ddpm
-
-
-def whole_numbers(cfg, option, least=0):
-    """Return an option like 5,10 as a list. ValueError: it is none."""
-    words = getattr(cfg, option).split(",") if getattr(cfg, option) else []
-    if not all(word.isdecimal() and int(word) >= least for word in words):
-        raise ValueError(f"--{option} wants whole numbers >= {least}, as in 5,9")
-    return [int(word) for word in words]
-
-
-class Guest(nn.Module):
-    """The model of another script, asked as if it were a network: net(xt, t)."""
-
-    def __init__(self, script, model):
-        super().__init__()
-        self.script, self.model = script, model
-
-    def forward(self, xt, t):
-        return self.model.eps_hat(xt, t)
-
-
-def script_of(path):
-    """Return the module of the script that wrote a checkpoint; None: it is this one.
-
-    Nor does it say more of a broken one: None. ValueError: the script is not here.
-    """
+def open_model(path, ema):
+    """Return the script (a module) that wrote a checkpoint, and its model."""
     try:
         name = torch.load(path, map_location="cpu", weights_only=True)["script"]
-    except Exception:  # read_checkpoint will tell what is wrong with it
-        return None
-    if name == SCRIPT:
-        return None
-    beside = Path(__file__).with_name(f"{name}.py".replace("/", " "))
-    if not str(name).isidentifier() or not beside.exists():
-        who = f"{name}.py, which is not beside {SCRIPT}.py"
-        raise ValueError(f"{path} was written by {who}")
-    return import_module(name)
+        if not Path(__file__).with_name(f"{name}.py").is_file():
+            raise ValueError(f"{name}.py is not beside this script")
+        script = sys.modules[__name__] if name == SCRIPT else import_module(name)
+    except Exception as error:  # torch.load raises nearly anything on a foreign file
+        raise ValueError(f"cannot use the checkpoint {path}: {error}") from None
+    return script, script.load(path, ema)
 
 
-def borrow(script, path, ema):
-    """Return a DDPM of this script round the model that another script reads."""
-    model = script.load(path, ema)
-    ddpm = DDPM(Guest(script, model), model.T)
-    for name in ("beta", "alpha", "alphabar"):
-        getattr(ddpm, name).copy_(getattr(model, name))
-    ddpm.shape = model.shape
-    return ddpm.eval()
+def solve(ddpm, xt, sampler, steps, eta=0.0, noise=None):
+    """Return images (B, C, S, S) from the noise xt, with so many calls of the network.
 
-
-def ask_for(ddpm, cfg, ids):
-    """Let the next eps_hat answer for the --labels of images ids, taken in turn."""
-    guest, labels = ddpm.net, whole_numbers(cfg, "labels")
-    network = getattr(getattr(guest, "model", None), "net", None)
-    if getattr(network, "classes", None) is None:
-        raise ValueError(f"{cfg.sample} knows no labels")
-    if max(labels) >= guest.script.CLASSES:
-        raise ValueError(f"--labels is 0 to {guest.script.CLASSES - 1}")
-    y = [labels[i % len(labels)] for i in ids]
-    guest.script.condition(guest.model, y, cfg.guidance)
-
-
-def own_noise(net, z):
-    """Return the noise z as the script of the network makes it from such.
-
-    That of a clip of supervideo.py is correlated from frame to frame.
+    noise(k): the fresh noise of step k, which ddpm wants, and ddim if eta > 0.
     """
-    correlate = getattr(getattr(net, "script", None), "correlate", None)
-    return correlate(z, net.model.channels, net.model.correlation) if correlate else z
+    eta, older = 1.0 if sampler == "ddpm" else eta, None
+    n = steps // 2 + 1 if sampler == "heun" else steps  # its first steps call twice
+    times = torch.linspace(ddpm.T, 0, n + 1).round().long().to(xt.device)
+    for k, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        ab, ab_s, last = ddpm.alphabar[t], ddpm.alphabar[s], k + 1 == n
+        t, s = t.expand(len(xt)), s.expand(len(xt))
+        if sampler in ("ddpm", "ddim"):
+            xt = ddpm.p_sample(xt, t, s, eta, noise(k) if eta else 0.0)
+            continue
+        x0_hat, eps_hat = ddpm.predict(xt, t)
+        middle = x0_hat
+        if sampler == "dpmpp":  # a line over log-SNR through the last two x0_hat
+            lam, lam_s = ab.logit() / 2, ab_s.logit() / 2
+            if older and not last:
+                slope = (x0_hat - older[0]) / (lam - older[1])
+                middle = x0_hat + slope * (lam_s - lam) / 2
+            older = x0_hat, lam
+        ratio = ((1 - ab_s) / (1 - ab)).sqrt()  # with middle = x0_hat this is ddim
+        xs = ratio * xt + (ab_s.sqrt() - ratio * ab.sqrt()) * middle
+        if sampler == "heun" and k < steps - n:  # the mean of the slopes at both ends
+            width = ((1 - ab_s) / ab_s).sqrt() - ((1 - ab) / ab).sqrt()
+            xs = xs + ab_s.sqrt() * width * (ddpm.predict(xs, s)[1] - eps_hat) / 2
+        xt = xs
+    return xt.clamp(-1, 1)
 
 
-def as_strips(net, x0):
-    """Return clips (B, F C, S, S) as images (B, C, S, F S), and images as they are."""
-    channels = getattr(getattr(net, "model", None), "channels", x0.shape[1])
-    return x0.unflatten(1, (-1, channels)).permute(0, 2, 3, 1, 4).flatten(3)
+def asked(cfg, script, model, i):
+    """Return label (None: no labels), strength and number of the noise of image i.
 
-
-@torch.no_grad()
-def compare(ddpm, cfg, images, held, out):
-    """Draw with every sampler at all of --calls, from one noise; return a line on it.
-
-    images: to train on, held: never trained on, uint8 (N, C, S, S). The score is the
-    Frechet distance to images in their first 16 principal components, over that of
-    held: 1 is as good as real. samplers.csv has all scores, samplers.png also eight
-    images of each sampler, and the same noise for all.
+    Strengths change fastest, so that those of one label and noise stand in a row.
     """
-    n, calls = min(256, len(held)), whole_numbers(cfg, "calls")
-    if n < 32:
-        return "too few held-out images to compare samplers"
-    device, rows = ddpm.beta.device, []
-    real, held = (x[:2048].flatten(1).to(device) / 127.5 - 1 for x in (images, held))
-    axes = torch.linalg.svd(real - real.mean(0), full_matrices=False).Vh[:16].T
-    floor = frechet(held[:n] @ axes, real @ axes)
-    xt = torch.randn(n, *ddpm.shape, generator=rng("cpu", cfg.seed, 11)).to(device)
-    figure = Figure(figsize=(2.3 * len(calls), 5.6), layout="constrained")
-    figure.suptitle("the same noise; Frechet distance over that of real images")
-    cells = figure.subplots(len(SAMPLERS), len(calls), squeeze=False)
-    for row, sampler in zip(cells, SAMPLERS, strict=True):
-        row[0].set_ylabel(sampler)
-        for cell, k in zip(row, calls, strict=True):
-            g = rng(device, cfg.seed, k, 11)
-            x0 = ddpm.sample(xt.shape, k, sampler, generator=g, xt=xt)
-            score = frechet(x0.flatten(1) @ axes, real @ axes) / floor
-            rows.append({"sampler": sampler, "calls": k, "score": score})
-            tiles = F.pad(x0[:8], (1, 1, 1, 1), value=1)
-            tiles = tiles.unflatten(0, (2, 4)).permute(0, 3, 1, 4, 2)
-            tiles = (tiles.flatten(0, 1).flatten(1, 2).cpu() + 1) / 2
-            cell.imshow(tiles, cmap="gray", vmin=0, vmax=1)
-            cell.set(title=f"{k} calls: {score:.2f}", xticks=[], yticks=[])
-    figure.savefig(out / "samplers.png", dpi=100)
-    with open(out / "samplers.csv", "w", newline="") as f:
-        table = csv.DictWriter(f, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    best = min(rows, key=lambda row: row["score"])
-    return "{sampler} with {calls} calls scores best: {score:.2f}".format(**best)
+    if getattr(model.net, "classes", None) is None:
+        if cfg.labels:
+            raise ValueError(f"{cfg.sample} knows no labels")
+        return None, 1.0, i
+    labels = cfg.labels or range(script.CLASSES)
+    if not set(labels) <= set(range(script.CLASSES)):
+        raise ValueError(f"--labels are 0 to {script.CLASSES - 1}")
+    z, k = divmod(i, len(cfg.guidance))
+    return labels[z % len(labels)], cfg.guidance[k], z
 
 
-def frechet(a, b):
-    """Return the Frechet distance of the Gaussians fitted to the rows of a and b."""
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    mixed = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return (shift + (cov_a + cov_b).trace() - 2 * mixed).item()
+def refuse_idle_options(cfg):
+    """Raise ValueError for options that a checkpoint leaves without effect."""
+    names = "data n_feat T epochs steps lr warmup grad_clip ema_decay flip every wandb"
+    idle = [x for x in names.split() if getattr(cfg, x) != getattr(Config(), x)]
+    if idle:
+        raise ValueError(f"beside --sample there is no use for {', '.join(idle)}")
+
+
+def write_grid(out, rows, strengths):
+    """Write grid.png, of clips also grid.webp, and labels.csv if there are labels."""
+    files = [out / f"{i:06}.png" for i in range(min(len(rows), 400))]
+    images = torch.stack([pil.pil_to_tensor(Image.open(file)) for file in files]) / 255
+    images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-2]))
+    nrow = strengths if strengths > 1 else round(len(files) ** 0.5)
+    save_image(images, out / "grid.png", nrow=nrow, pad_value=1)
+    frames = images.split(images.shape[2], 3)
+    frames = [utils.make_grid(x, nrow, pad_value=1) for x in frames]
+    if len(frames) > 1:
+        first, *others = map(pil.to_pil_image, frames)
+        first.save(out / "grid.webp", append_images=others, save_all=True, loop=0)
+    if rows[0][0] is not None:
+        lines = [f"{i:06}.png,{y},{w:g}\n" for i, (y, w, _) in enumerate(rows)]
+        (out / "labels.csv").write_text("file,label,strength\n" + "".join(lines))
+
+
+def draw(cfg):
+    """Write --n-samples images of the checkpoint --sample, as PNG files and a grid."""
+    device, rank, world = join_processes(cfg)
+    sync = dist.barrier if world > 1 else lambda: None
+    sync()  # after training, process 0 may still be writing the checkpoint
+    path = Path(cfg.sample).expanduser()
+    script, model = open_model(path, cfg.ema)
+    out = Path(cfg.out).expanduser() if cfg.out else path.parent / "samples"
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out")
+    if cfg.sampling_steps > model.T:
+        raise ValueError(f"--sampling-steps is at most {model.T}")
+    rows = [asked(cfg, script, model, i) for i in range(cfg.n_samples)]
+    sync()  # all have looked at the folder; now it may be made
+    out.mkdir(parents=True, exist_ok=True)
+    model, mine = model.to(device), range(rank, cfg.n_samples, world)
+    quiet, channels = cfg.quiet or rank > 0, getattr(model, "channels", None)
+    for start in tqdm(range(0, len(mine), cfg.batch), str(out), disable=quiet):
+        ids = mine[start : start + cfg.batch]
+        y, w, zs = zip(*(rows[i] for i in ids), strict=True)
+
+        def noise(k, zs=zs):
+            draws = (rng("cpu", cfg.seed, z, k + 1, 4) for z in zs)
+            z = torch.stack([torch.randn(model.shape, generator=g) for g in draws])
+            if channels:  # frames of a clip share some of their noise
+                z = script.correlate(z, channels, model.correlation)
+            return z.to(device)
+
+        if y[0] is not None:
+            script.condition(model, torch.tensor(y), torch.tensor(w))
+        with torch.no_grad():
+            x0 = noise(-1)
+            x0 = solve(model, x0, cfg.sampler, cfg.sampling_steps, cfg.eta, noise)
+        if channels:  # frame beside frame
+            x0 = x0.unflatten(1, (-1, channels)).permute(0, 2, 3, 1, 4).flatten(3)
+        for i, image in zip(ids, ((x0 + 1) * 127.5).round().byte().cpu(), strict=True):
+            pil.to_pil_image(image).save(out / f"{i:06}.png")
+    sync()
+    if rank == 0:
+        write_grid(out, rows, len(cfg.guidance))
 
 
 # ---- 5. Training -------------------------------------------------------------------
-SCRIPT = Path(__file__).stem
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts here under --max-restarts
-STATE = "script config shape step net ema opt losses history".split()  # to go on
-
-
-def join_processes():
+def join_processes(cfg):
     """Return device, rank and number of processes; join torchrun's group, if any."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"more processes than the {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(device)
+    local, kind = int(os.environ.get("LOCAL_RANK", 0)), cfg.device
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    kind = kind if kind != "auto" else gpu.type if gpu else "cpu"
+    if rank >= world or kind != "cpu" and local >= torch.accelerator.device_count():
+        raise ValueError(f"process {rank} of {world} finds no {kind} of its own")
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, local)
     if world > 1 and not dist.is_initialized():
-        wait = timedelta(hours=2)  # others wait while one decodes a large data set
         store = next(dist.rendezvous("env://"))[0]
-        store.set_timeout(wait)
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store over a restart, with the addresses of the dead
-            store = dist.PrefixStore(os.environ.get(RESTARTS, "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        group = {"rank": rank, "world_size": world, "store": store, "timeout": wait}
-        dist.init_process_group(backend, **group)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device, rank, world
-
-
-def barrier():
-    """Wait for the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def build(cfg, shape):
     """Return a new DDPM, as cfg asks for it, for images of shape (C, S, S)."""
-    fast = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    net = UNet(shape[0], cfg.n_feat)
-    ddpm = DDPM(net, cfg.T, bf16=cfg.bf16 and fast)
+    ddpm = DDPM(UNet(shape[0], cfg.n_feat), cfg.T)
     ddpm.shape = tuple(shape)
     return ddpm
 
 
-def save_checkpoint(path, state):
-    """Write state to path; a kill or a full disk (OSError) spares the older file."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from None
-
-
-def read_checkpoint(path, script=SCRIPT):
-    """Return the dict in a checkpoint, its config as a Config.
-
-    Raises ValueError if it is broken, or was not written by script (empty: by any).
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+def read_checkpoint(path):
+    """Return the dict in a checkpoint of this script, its config as a Config."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = {field.name for field in fields(Config)} & state["config"].keys()
-        config = Config(**{name: state["config"][name] for name in known})
-        state = {**{key: state[key] for key in STATE}, "config": config}
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        return {**state, "config": Config(**state["config"])}
     except Exception as error:  # torch.load raises nearly anything on a foreign file
-        why = type(error).__name__
-        raise ValueError(f"{path} is no checkpoint, or cut short ({why})") from None
-    if script and state["script"] != script:
-        raise ValueError(f"{path} was written by {state['script']}.py, not {script}.py")
-    return state
-
-
-def restore(ddpm, weights, path):
-    """Load weights, read from path, into ddpm. ValueError: they are another model's."""
-    try:
-        ddpm.load_state_dict(weights)
-    except RuntimeError as error:
-        why = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} is from another model: {why}") from None
+        raise ValueError(f"{path} is no checkpoint of {SCRIPT}.py: {error}") from None
 
 
 def load(path, ema=True):
     """Return the DDPM of a checkpoint, ready to sample; ema: its averaged weights."""
-    if script := script_of(path):  # + sample
-        return borrow(script, path, ema)  # + sample
     state = read_checkpoint(path)
     ddpm = build(state["config"], state["shape"])
-    restore(ddpm, state["ema" if ema else "net"], path)
+    ddpm.load_state_dict(state["ema" if ema else "net"])
     return ddpm.eval()
 
 
-def start_from(ddpm, cfg):
-    """Copy into ddpm what fits of --init, without --delete-keys; say so in a line."""
-    drop = tuple(f"net.{key}" for key in cfg.delete_keys.split(",") if key)
-    old, own = read_checkpoint(cfg.init, "")["ema"], dict(ddpm.named_parameters())
-    fits = [key for key in own if key in old and old[key].shape == own[key].shape]
-    taken = {key: old[key] for key in fits if not key.startswith(drop)}
-    ddpm.load_state_dict(taken, strict=False)
-    rest = [key.removeprefix("net.") for key in own if key not in taken]
-    return f"--init: {len(taken)} of {len(own)} tensors taken; not: {', '.join(rest)}"
-
-
-def next_free(base):
-    """Return the first of base, base-2, base-3 ... that is free, and the one before."""
-    free, before, n = base, base, 1
-    while free.exists():
-        n += 1
-        free, before = Path(f"{base}-{n}"), free
-    return free, before
-
-
-def job():
-    """Return a name for this start of torchrun (or python), which a restart keeps."""
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid() if alone else ''}"
-
-
 def find_run(cfg):
-    """Return the run folder that cfg means, and a checkpoint to go on from, or None.
-
-    Raises ValueError rather than let a run be overwritten.
-    """
-    free, newest = next_free(Path("runs", f"{SCRIPT}-{cfg.data}"))
-    path = Path(cfg.resume)
-    in_place = path.name == "last.pt" and cfg.out in ("", str(path.parent))
-    out = Path(cfg.out or (path.parent if in_place else newest))
-    about = out / "config.json"
-    ours = about.exists() and json.loads(about.read_text()).get("job") == job()
-    if cfg.resume == "auto" or int(os.environ.get(RESTARTS, 0)) and ours:
-        last = out / "last.pt"
-        return out, last if last.exists() else None
-    if cfg.resume and in_place:
-        return out, path
-    out = Path(cfg.out or free)
-    if Path(out, "config.json").exists():
-        raise ValueError(f"{out} holds a run: --resume auto goes on with it")
-    return out, path if cfg.resume else None
-
-
-def learning_rate(cfg, step, total):
-    """Return the learning rate of a step: a linear rise, then a linear fall to 0."""
-    rise = min(1, (step + 1) / (cfg.warmup + 1))
-    fall = 1 - step / total if cfg.lr_decay else 1
-    return cfg.lr * rise * fall
+    """Return the run folder, and the state to go on from; a new run is at step 0."""
+    out = Path(cfg.out or f"runs/{SCRIPT}-{Path(cfg.data).name}").expanduser()
+    if not (out / "last.pt").exists():
+        return out, {"step": 0, "history": []}
+    if not cfg.resume:
+        raise ValueError(f"{out} holds a run: add --resume, or another --out")
+    state = read_checkpoint(out / "last.pt")
+    free = "epochs steps every device bf16 compile out resume wandb quiet".split()
+    old, new = asdict(state["config"]), asdict(cfg)
+    if changed := [x for x in old if old[x] != new[x] and x not in free]:
+        raise ValueError(f"the run in {out} has another {', '.join(changed)}")
+    return out, state
 
 
 @torch.no_grad()
 def held_out_loss(ddpm, held):
-    """Return {t: loss} at ten fixed t with fixed noise, so that all runs compare."""
-    device, losses = ddpm.beta.device, {}
+    """Return {column: loss} at ten fixed t with fixed noise, and their mean."""
+    row = {}
     for level in [round((k + 0.5) * ddpm.T / 10) for k in range(10)]:
-        g, total = rng("cpu", level), 0
-        for x0 in held.split(256):
-            t = torch.full((len(x0),), level, device=device)
-            eps = torch.randn(x0.shape, generator=g).to(device)
-            residual = ddpm.residual(x0.to(device) / 127.5 - 1, t, eps)
-            total += residual.square().sum()
-        losses[level] = float(total) / held.numel()
-    return losses
+        t = torch.full((len(held),), level, device=held.device)
+        eps = torch.randn(held.shape, generator=rng("cpu", level)).to(held.device)
+        row[f"held_t{level}"] = ddpm(held, t, eps).item()
+    return {"held_loss": sum(row.values()) / len(row), **row}
 
 
-def save_grid(images, path, nrow):
-    """Write images in [-1, 1] as one PNG, nrow in a line, small ones enlarged."""
-    images = F.interpolate(
-        (images + 1) / 2, scale_factor=max(1, 64 // images.shape[-1])
-    )
-    save_image(images, path, nrow=nrow, pad_value=1)
+def save_grid(ema, ddpm, held, cfg, path):
+    """Write a PNG: two rows of averaged weights, one of raw ones, one of real ones."""
+    xt = torch.randn(32, *ddpm.shape, generator=rng("cpu", cfg.seed, 3)).to(held)
+    rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
+    images = torch.cat([*rows, held[:16]])
+    images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))
+    save_image((images + 1) / 2, path, nrow=16, pad_value=1)
 
 
-def plot_history(history, path):
-    """Draw the losses over the epochs, and the held-out ones over t, as a PNG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in ("loss", "held_loss"):
-        curve = [(row["epoch"], row[name]) for row in history]
-        left.plot(*zip(*curve, strict=True), "o-", label=name)
-    for row in history[:: max(1, len(history) // 4)]:
-        held = [(int(k[6:]), v) for k, v in row.items() if k.startswith("held_t")]
-        right.plot(*zip(*held, strict=True), "o-", label=f"epoch {row['epoch']}")
-    left.set(xlabel="epoch", ylabel="mean squared error of eps_hat", yscale="log")
-    right.set(xlabel="noise level t", ylabel="held-out loss", yscale="log")
-    left.legend()
-    right.legend()
-    figure.savefig(path, dpi=120)
-
-
-def open_log(cfg, out):
-    """Return a function that sends a row of metrics to --log."""
-    if cfg.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        write = SummaryWriter(out).add_scalar
-        return lambda row: [write(name, row[name], row["step"]) for name in row]
-    if cfg.log == "wandb":
-        import wandb
-
-        run = wandb.init(project=SCRIPT, dir=out, config=asdict(cfg))
-        return lambda row: run.log(row, step=row["step"])
-    return lambda row: None
+def save_run(out, epoch, state):
+    """Write metrics.csv and the checkpoint; a kill or full disk spares the last one."""
+    rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (out / "metrics.csv").write_text(table)
+    torch.save(state, buffer := io.BytesIO())
+    for name in (f"checkpoint_epoch_{epoch:03}.pt", "last.pt"):
+        (out / "part").write_bytes(buffer.getbuffer())
+        (out / "part").replace(out / name)
 
 
 def train(cfg):
-    """Train as cfg says, write the run folder, return the DDPM with averaged weights.
-
-    The loop is Algorithm 1. Under torchrun every process calls this; rank 0 writes.
-    Raises ValueError, OSError or FloatingPointError, in words for the user.
-    """
-    device, rank, world = join_processes()
-    say = tqdm.write if rank == 0 and not cfg.quiet else lambda line: None
-    if cfg.batch % world:
-        raise ValueError(f"--batch {cfg.batch} is not divisible by {world} processes")
-    if cfg.log != "none" and not find_spec(cfg.log):
-        raise ValueError(f"--log {cfg.log} wants: pip install {cfg.log}")
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first_here:
-        barrier()  # the first process of each machine downloads and decodes for it
-    images, labels, held, held_labels = load_images(cfg)
-    if first_here:
-        barrier()
-    if cfg.batch > len(images):
-        raise ValueError(f"--batch {cfg.batch} is above the {len(images)} images")
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        images = images.to(device)
-
+    """Train as cfg says, write the run folder, return the averaged DDPM."""
+    device, rank, world = join_processes(cfg)
+    images, held = load_images(cfg)
+    if cfg.batch % world or cfg.batch > len(images):
+        raise ValueError(f"--batch: at most {len(images)}, divisible by {world} ranks")
+    images = images.to(device) if images.nbytes < 2**32 else images
+    held = held.to(device) / 127.5 - 1
     torch.manual_seed(cfg.seed)
     ddpm = build(cfg, images.shape[1:]).to(device)
-    out, resume = find_run(cfg)
-    if cfg.init and not resume:
-        say(start_from(ddpm, cfg))
-    ema = copy.deepcopy(ddpm).eval().requires_grad_(False)
-    weights, averages = list(ddpm.parameters()), list(ema.parameters())
-    opt = torch.optim.AdamW(weights, betas=(0.9, 0.99), fused=True)
-    start, losses, history = 0, [], []
-    if resume:
-        state = read_checkpoint(resume)
-        restore(ddpm, state["net"], resume)
-        restore(ema, state["ema"], resume)
-        opt.load_state_dict(state["opt"])
-        start, losses, history = (state[key] for key in ("step", "losses", "history"))
+    ema = copy.deepcopy(ddpm).eval()
+    weights, averages = ([w.detach() for w in m.parameters()] for m in (ddpm, ema))
+    opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
+    out, state = find_run(cfg)
+    start, history, seen = state["step"], state["history"], []
+    if start:
+        for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
+            part.load_state_dict(state[name])
     if cfg.compile:
         ddpm.net.compile()
-    model = DistributedDataParallel(ddpm) if world > 1 else ddpm
-    barrier()  # every process has found the run; now its folder may change
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(
-            json.dumps({"job": job(), **asdict(cfg)}, indent=2)
-        )
-        log = open_log(cfg, out)
-
+    model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm
+    if cfg.wandb and rank == 0:
+        log = import_module("wandb").init(project=SCRIPT, config=asdict(cfg)).log
+    out.mkdir(parents=True, exist_ok=True)
     per_epoch = len(images) // cfg.batch
     total = cfg.steps or cfg.epochs * per_epoch
-    share = cfg.batch // world
-    mine = slice(rank * share, rank * share + share)
-    say(f"{out}: {len(images)} images, {sum(w.numel() for w in weights):,} weights")
-    seen, due = start * cfg.batch, total * cfg.batch
-    bar = tqdm(initial=seen, total=due, unit="img", disable=cfg.quiet or rank > 0)
-    fresh, before, clock = [], start, time.perf_counter()
-    for step in range(start, total):
+    mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
+    quiet = cfg.quiet or rank > 0
+    bar = tqdm(range(start, total), str(out), total, initial=start, disable=quiet)
+    for step in bar:
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             g = rng("cpu", cfg.seed, epoch, 1)
             order = torch.randperm(len(images), generator=g).to(images.device)
         index = order[i * cfg.batch : (i + 1) * cfg.batch][mine]
         x0 = images[index].to(device) / 127.5 - 1
-        g = rng(device, cfg.seed, step, 2)  # all ranks draw alike for the whole batch
+        x0 = x0.flip(-1) if cfg.flip and step % 2 else x0
+        g = rng(device, cfg.seed, step, 2)  # all processes draw for the whole batch
         t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
-        mirror = torch.rand(cfg.batch, 1, 1, 1, generator=g, device=device) < 0.5
-        t, eps, mirror = t[mine], eps[mine], mirror[mine]
-        if cfg.data in ("cifar10", "celeba"):
-            x0 = torch.where(mirror, x0.flip(-1), x0)
-
-        loss = model(x0, t, eps)
-        fresh.append(loss.detach())
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            loss = model(x0, t[mine], eps[mine])
+        seen.append(loss.detach())
         opt.zero_grad()
         loss.backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(weights, cfg.grad_clip)
-        lr = learning_rate(cfg, step, total)
+        nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
+        lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)
         opt.param_groups[0]["lr"] = lr
         opt.step()
         decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        bar.update(cfg.batch)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
-        done = step + 1 == total
-        ends = done or i + 1 == per_epoch
-        if ends or len(fresh) == 50:  # not at each step, as it waits for the GPU
-            window = torch.stack(fresh) / world
+        show = step + 1 == total or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
+        if show:
+            mean = torch.stack(seen).mean() / world
             if world > 1:
-                dist.all_reduce(window)
-            for at, value in enumerate(window.tolist(), step + 2 - len(fresh)):
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value} at step {at}")
-            losses += window.tolist()
-            fresh.clear()
-            bar.set_postfix(loss=f"{window.mean():.4f}")
-        show = done or ends and (epoch + 1) % cfg.sample_every == 0
-        keep = done or ends and (epoch + 1) % cfg.save_every == 0
+                dist.all_reduce(mean)
+            seen.clear()
+            if not mean.isfinite():
+                raise ValueError(f"the loss is {mean} in epoch {epoch + 1}")
         if rank == 0 and show:
-            rate = (step + 1 - before) * cfg.batch / (time.perf_counter() - clock)
-            row = {"step": step + 1, "epoch": epoch + 1, "lr": lr, "images_per_s": rate}
-            levels = held_out_loss(ema, held)
-            row |= {"loss": sum(losses) / len(losses)}
-            row |= {"held_loss": sum(levels.values()) / len(levels)}
-            row |= {f"held_t{level}": value for level, value in levels.items()}
+            row = {"step": step + 1, "epoch": epoch + 1, "lr": lr, "loss": mean.item()}
+            row |= held_out_loss(ema, held)
             history.append(row)
-            log(row)
-            with open(out / "metrics.csv", "w", newline="") as f:
-                table = csv.DictWriter(f, row)
-                table.writeheader()
-                table.writerows(history)
-            plot_history(history, out / "loss_curves.png")
-            g = rng("cpu", cfg.seed, 3)
-            xt = torch.randn(32, *ddpm.shape, generator=g).to(device)
-            rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
-            rows.append(held[:16].to(device) / 127.5 - 1)
-            save_grid(torch.cat(rows), out / f"samples_epoch_{epoch + 1:03}.png", 16)
-            losses, before, clock = [], step + 1, time.perf_counter()
-        if rank == 0 and (show or keep):
-            if not all(weight.isfinite().all() for weight in weights):
-                raise FloatingPointError(f"a weight is not finite at step {step + 1}")
-            config = asdict(replace(cfg, out="", resume="", quiet=False))
-            state = {"script": SCRIPT, "config": config, "shape": ddpm.shape}
+            save_grid(ema, ddpm, held, cfg, out / f"samples_epoch_{epoch + 1:03}.png")
+            bar.set_postfix(loss=row["loss"], held_loss=row["held_loss"])
+            if cfg.wandb:
+                log(row)
+            state = {"script": SCRIPT, "config": asdict(cfg), "shape": ddpm.shape}
             state |= {"net": ddpm.state_dict(), "ema": ema.state_dict()}
-            state |= {"opt": opt.state_dict(), "losses": losses, "history": history}
-            state |= {"step": step + 1}
-            if keep:
-                save_checkpoint(out / f"checkpoint_epoch_{epoch + 1:03}.pt", state)
-            save_checkpoint(out / "last.pt", state)
-    if rank == 0 and cfg.calls:  # + sample
-        say(compare(choose(ema, cfg), cfg, images, held, out))  # + sample
-    bar.close()
-    if history:
-        say(f"held-out loss {history[-1]['held_loss']:.4f}; pictures in {out}")
+            state |= {"opt": opt.state_dict(), "step": step + 1, "history": history}
+            save_run(out, epoch + 1, state)
     return ema
 
 
-def draw(cfg):
-    """Write --n-samples images of the checkpoint --sample, as PNG files and a grid."""
-    device, rank, world = join_processes()
-    ddpm = load(cfg.sample, cfg.ema).to(device)
-    choose(ddpm, cfg)  # + sample
-    out = Path(cfg.out or next_free(Path(cfg.sample).parent / "samples")[0])
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
-    barrier()  # every process has looked at the folder; now it may be made
-    out.mkdir(parents=True, exist_ok=True)
-    mine = range(rank, cfg.n_samples, world)
-    bar = tqdm(total=cfg.n_samples, unit="img", disable=cfg.quiet or rank > 0)
-    clock = time.perf_counter()
-    for k in range(0, len(mine), cfg.batch):
-        ids = mine[k : k + cfg.batch]
-        noise = [rng("cpu", cfg.seed, i, 4) for i in ids]
-        xt = torch.stack([torch.randn(ddpm.shape, generator=g) for g in noise])
-        xt, g = xt.to(device), rng(device, cfg.seed, ids[0], 5)
-        if cfg.labels:  # + sample
-            ask_for(ddpm, cfg, ids)  # + sample
-        x0 = ddpm.sample(xt.shape, cfg.sampling_steps, cfg.sampler, cfg.eta, g, xt)
-        x0 = as_strips(ddpm.net, x0)  # + sample
-        for i, image in zip(ids, ((x0 + 1) * 127.5).round().byte().cpu(), strict=True):
-            to_pil_image(image).save(out / f"{i:06}.png")
-        bar.update(min(world * len(ids), cfg.n_samples - bar.n))
-    bar.close()
-    barrier()
-    rate = cfg.n_samples / (time.perf_counter() - clock)
-    if rank == 0:
-        shown = range(min(cfg.n_samples, 400))
-        images = [pil_to_tensor(Image.open(out / f"{i:06}.png")) for i in shown]
-        nrow = math.ceil(len(images) ** 0.5)
-        save_grid(torch.stack(images) / 127.5 - 1, out / "grid.png", nrow)
-        if not cfg.quiet:
-            print(f"{cfg.n_samples} images in {out}, {rate:.1f} images/s")
-
-
 # ---- 6. Main -----------------------------------------------------------------------
-def parse(args):
-    """Return the Config of a command line, over that of its checkpoint or recipe."""
-    talk = os.environ.get("RANK", "0") == "0"
-    ask = partial(tyro.cli, Config, description=__doc__, console_outputs=talk)
-    cfg = ask(args=[a for a in args if a not in ("-h", "--help")], default=Config())
-    path = cfg.sample or find_run(cfg)[1]
-    if cfg.sample and (script := script_of(path)):  # + sample
-        old = script.read_checkpoint(path)["config"]  # + sample
-        old = Config(batch=old.batch, seed=old.seed)  # + sample
-        return ask(args=args, default=old)  # + sample
-    default = read_checkpoint(path)["config"] if path else Config(data=cfg.data)
-    if any(arg.startswith("--epochs") for arg in args):
-        default = replace(default, steps=0)
-    return ask(args=args, default=default)
-
-
 def main():
     try:
-        cfg = parse(sys.argv[1:])
-        draw(cfg) if cfg.sample else train(cfg)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.stderr.write(f"{SCRIPT}.py: {error}\n")
+        cfg = tyro.cli(Config, description=__doc__)
+        if cfg.data != "digits":
+            recipe = Path(cfg.data, "recipe.json").expanduser()
+            if not recipe.exists():
+                raise ValueError(f"no {recipe}: `python prepare.py celeba` makes one")
+            recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
+            cfg = tyro.cli(Config, default=Config(**recipe))
+        if cfg.sample:  # + sample
+            refuse_idle_options(cfg)  # + sample
+            return draw(cfg)  # + sample
+        train(cfg)
+        own = find_run(dataclasses.replace(cfg, resume=True))[0] / "last.pt"  # + sample
+        draw(dataclasses.replace(cfg, sample=str(own), out=""))  # + sample
+    except (ValueError, OSError, ImportError) as error:
+        if int(os.environ.get("RANK", 0)) % int(os.environ.get("WORLD_SIZE", 1)) == 0:
+            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

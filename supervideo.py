@@ -1,177 +1,99 @@
-"""Video: frames that share their noise, and layers that let them hear one another.
+"""Video: frames that share their noise, and layers that mix them.
 
-This is superminddpm.py plus lines that are marked `# + video`; to read the idea, run
-`diff superminddpm.py supervideo.py`. A clip is F frames under one t. The UNet sees them
-as F images, and so with `--no-temporal` each frame is drawn on its own. `--noise` says
-what the frames have in common: one eps (shared), an AR(1) process with `--correlation`
-between neighbours (mixed), nothing (independent). `--temporal` adds convolutions along
-the frames, behind four blocks of the UNet; their last layer starts at 0.
+A clip is F frames under one t. To the UNet they are F images, so that alone it would
+draw each of them on its own. Two things tie them together; here is the heart of both:
 
-    python supervideo.py                          moving digits: about a minute
-    torchrun --nproc_per_node=2 supervideo.py     the same on two processes
-    python supervideo.py --no-temporal --noise shared       it cannot move
-    python supervideo.py --sample runs/supervideo-digits/last.pt    strips, and a film
-    python supervideo.py --data npz --data-dir clips.npz --seq-len 16
-    python supervideo.py --data frames --data-dir films --flow-weight --motion-dir m
-    python supervideo.py --seq-len 1              off: the base's data and weights
+    frames[f] = rho * frames[f - 1] + (1 - rho**2) ** 0.5 * frames[f]     in correlate
+    h = self.mix(h)  # a convolution along the frames, which starts at 0    in Block
 
-A model of images is a start: --init runs/superminddpm-digits/last.pt.
+    python supervideo.py                          moving digits, a minute on a CPU
+    torchrun --nproc_per_node=2 supervideo.py     the same run on two processes
+    python supervideo.py --no-temporal --noise shared     control: nothing can move
+    python supervideo.py --data data/frames32     clips, or images to be set moving
+    python supervideo.py --seq-len 1              off: with its options, the base
 
-Data, as uint8 (N, F C, S, S): images of any data set, set moving on a black ground;
-npz, a file with clips (N, F, H, W) or (N, F, H, W, 3); frames, a folder with a folder
-of images for each clip, in the order of their names. A clip longer than --seq-len
-gives several. A fifth of the clips is held out.
-
-The penalty (--reg-weight 0.1): the mean squared difference of neighbouring frames'
-eps_hat - eps. With shared noise eps cancels, and it is the difference of the eps_hat;
-it is 0 where eps_hat is right, with any noise. --flow-weight weighs a pair of frames by
-1 / (1 + motion), motion in pixels a frame: the generator's own, or the file CLIP.npy
-in --motion-dir, (F - 1,) or (F - 1, H, W), named like the folder of the clip, or in an
-npz like its number, 000000.npy.
-
-Mind:
- 1. Without temporal layers a frame is a function of its own noise. Shared noise then
-    gives one still picture, independent noise F strangers, and none of them motion. The
-    penalty does not change that: it trades error for calm.
- 2. With temporal layers and shared noise the difference of two frames is free of noise
-    at any t. The network reads the motion there in training, but x_T has no differences
-    to read: 61 % of the drawn frames stay where the last one was (28 % with mixed
-    noise), and they show no digits. Hence mixed is the default, and not shared.
- 3. A run as short as the default teaches where things go, but not yet to keep their
-    shape: things move 0.96 pixels a frame (really 1.22), and neighbours match by 0.78;
-    frames of different digits match by 0.70, those of a real clip by 1. With
-    --epochs 80 instead of 7: 1.14 pixels, 0.87, and over 8 frames a digit may still
-    turn into another.
- 4. 16 frames are usual; the default is 8 of 12x12 pixels, so that a CPU will do.
-
-Lineage: shared noise and the penalty are from a modular fork of minDiffusion, without
-temporal layers. Mixed noise for video: Ge et al. 2023, arXiv:2305.10474. Layers over
-time behind the blocks of an image UNet: Ho et al. 2022, arXiv:2204.03458, by attention.
+rho is --correlation, or 1 or 0, as --noise says (Ge et al. 2023, arXiv:2305.10474); the
+layer is from Singer et al. 2022, arXiv:2209.14792. The penalty on errors that differ
+from frame to frame, from a fork of minDiffusion, calms but moves nothing. Shared noise
+harms the layers: it cancels in the differences of frames that show them the motion.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
 import copy
-import csv
-import hashlib
+import io
 import json
-import math
 import os
 import sys
-import time
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from functools import partial
-from importlib.util import find_spec
-from multiprocessing.pool import ThreadPool
+import warnings
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal  # + video
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from dotenv import load_dotenv
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image  # + video
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-# What each data set asks for; an option on the command line wins.
-RECIPE = "image_size n_feat epochs batch lr ema_decay sample_every save_every".split()
-RECIPES = {
-    "digits": (8, 16, 75, 64, 1.2e-2, 0.995, 15, 25),
-    "mnist": (28, 32, 20, 128, 2e-3, 0.999, 1, 5),
-    "fashion": (28, 32, 20, 128, 2e-3, 0.999, 1, 5),
-    "cifar10": (32, 64, 200, 128, 1e-3, 0.9995, 5, 20),
-    "celeba": (32, 32, 80, 256, 1e-3, 0.9995, 1, 10),
-    "folder": (32, 32, 100, 64, 1e-3, 0.999, 5, 20),
-}
-CLIPS = ("npz", "frames")  # data sets of clips; all others are set moving  # + video
-RECIPES |= dict.fromkeys(CLIPS, (32, 32, 20, 16, 2e-3, 0.999, 1, 5))  # + video
-MOVING_DIGITS = (8, 16, 7, 8, 6e-3, 0.995, 7, 7)  # + video
+SCRIPT = Path(__file__).stem
+warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a run; the recipe of the data set fills in what is None."""
+    """The options of a run; these values suit the digits."""
 
-    data: Literal[tuple(RECIPES)] = "digits"  # what to learn; all but digits need files
-    data_dir: str = ""  # where they lie (empty: data; for celeba $CELEBA_PATH or .env)
-    download: bool = False  # let torchvision fetch mnist, fashion or cifar10
-    skip_bad_images: bool = False  # celeba, folder: leave out files that do not decode
-    image_size: int = None  # pixels a side after centre crop and resize; 4 divides it
-    n_train: int = 0  # use the first N training images (0: all)
-    n_feat: int = None  # width in channels; 8 divides it; the bottleneck has 2 n-feat
-    T: int = 1000  # noise steps; the betas scale by 1000/T
-    epochs: int = None  # passes over the training images
-    steps: int = 0  # optimizer steps, instead of epochs (0: epochs decide)
-    batch: int = None  # images a step, over all processes together
-    lr: float = None  # highest learning rate of AdamW
-    lr_decay: bool = True  # let it fall to 0 towards the end, linearly
-    warmup: int = 50  # steps over which it rises from 0
-    grad_clip: float = 1.0  # largest norm of the gradient (0: off)
-    ema_decay: float = None  # of the averaged weights, per step (0: no average)
+    data: str = "digits"  # digits (nothing to download), or a folder made by prepare.py
+    n_feat: int = 16  # width of the network in channels, a multiple of 8
+    T: int = 1000  # number of noise levels
+    epochs: int = 180  # passes over the training images
+    steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
+    batch: int = 128  # images per step, over all processes together
+    lr: float = 1e-2  # peak learning rate of Adam; it falls linearly to 0
+    warmup: int = 50  # steps over which the learning rate rises from 0
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
+    flip: bool = False  # mirror the images of every other step: for faces, not digits
     seed: int = 0  # of weights, order, noise and samples
-    bf16: bool = True  # bf16 autocast where the GPU is fast at it (Ampere and later)
+    every: int = 30  # epochs between rows of metrics, sample grids and checkpoints
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, mps ...
+    bf16: bool = False  # bfloat16 autocast, for hardware that is fast at it
     compile: bool = False  # torch.compile the network: a slow start, then faster
-    out: str = ""  # folder to write (empty: runs/SCRIPT-DATA, or the next free number)
-    resume: str = ""  # checkpoint to go on from; auto: the last one, if there is one
-    save_every: int = None  # epochs between checkpoints
-    sample_every: int = None  # epochs between rows of metrics and sample grids
-    init: str = ""  # checkpoint whose averaged weights to start from (fine-tuning)
-    delete_keys: str = ""  # with --init: weights to leave out, by prefix, as in a,b
-    log: Literal["none", "tensorboard", "wandb"] = "none"  # extra logging
+    out: str = ""  # folder to write (empty: runs/SCRIPT-DATA)
+    resume: bool = False  # go on with the run in that folder, or begin it
+    wandb: bool = False  # log to Weights & Biases as well
     quiet: bool = False  # no progress bar and no messages
-    sample: str = ""  # do not train, draw images from this checkpoint
-    n_samples: int = 64  # with --sample: how many PNG files; the grid shows up to 400
-    sampler: Literal["ddim", "ddpm"] = "ddim"  # with --sample; ddpm makes all T steps
-    sampling_steps: int = 50  # with --sample: network calls of ddim
-    eta: float = 0.0  # with --sample: fresh noise of ddim, 0 (none) to 1 (like ddpm)
-    ema: bool = True  # with --sample: averaged weights rather than raw ones
+    epochs: int = 9  # + video
+    batch: int = 8  # + video
     seq_len: int = 8  # + video
     """frames of a clip (1: images, as in superminddpm.py)"""  # + video
-    canvas: int = 0  # + video
-    """side of the ground they move on (0: half as much again)"""  # + video
-    speed: int = 1  # + video
-    """highest speed of an image along each axis, in pixels a frame"""  # + video
     temporal: bool = True  # + video
     """layers that mix frames: what makes it video"""  # + video
     noise: Literal["shared", "mixed", "independent"] = "mixed"  # + video
     """one eps for all frames of a clip, correlated ones, or one for each"""  # + video
     correlation: float = 0.5  # + video
-    """of neighbouring frames under --noise mixed, 0 to 1"""  # + video
+    """of the noise of neighbouring frames under --noise mixed, 0 to 1"""  # + video
     reg_weight: float = 0.1  # + video
-    """of the penalty on errors that differ from frame to frame"""  # + video
+    """weight of the penalty on errors that differ from frame to frame"""  # + video
     flow_weight: bool = False  # + video
-    """weigh that penalty by 1/(1+motion), motion in pixels a frame"""  # + video
-    motion_dir: str = ""  # + video
-    """the motion of npz or frames: a file CLIP.npy for each clip"""  # + video
+    """weight each pair of frames in it by 1 / (1 + motion in pixels)"""  # + video
 
     def __post_init__(self):
-        if self.data == "digits" and self.seq_len > 1:  # + video
-            for name, value in zip(RECIPE, MOVING_DIGITS, strict=True):  # + video
-                if getattr(self, name) is None:  # + video
-                    object.__setattr__(self, name, value)  # + video
-        for name, value in zip(RECIPE, RECIPES[self.data], strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        counts = ("n_samples", "sampling_steps", *RECIPE)
         for name, value in asdict(self).items():
-            least = 1 if name in counts and isinstance(value, int) else 0
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
+            least = 1 if name in ("n_feat", "epochs", "batch", "every") else 0
+            if isinstance(value, (int, float)) and not least <= value < 2**63:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
-        if self.image_size < 8 or self.image_size % 4 or self.n_feat % 8:
-            raise ValueError("--image-size is 8, 12, 16 ..., --n-feat is 8, 16, 24 ...")
-        if self.T < 25 or self.ema_decay >= 1 or self.eta > 1:
-            raise ValueError("--T is 25 or more, --ema-decay below 1, --eta at most 1")
-        check_video(self)  # + video
+        if self.n_feat % 8 or self.T < 25 or self.ema_decay >= 1:
+            raise ValueError("--n-feat is 8, 16 ..., --T 25 or more, --ema-decay < 1")
+        least = 1 + self.flow_weight  # + video
+        if self.seq_len < least or self.correlation > 1:  # + video
+            raise ValueError(f"--seq-len {least} ..., --correlation 0 to 1")  # + video
 
 
 # ---- 2. Data -----------------------------------------------------------------------
@@ -181,125 +103,16 @@ def rng(device, *key):
     return torch.Generator(device).manual_seed(seed)
 
 
-def hold_out(n):
-    """Return which of n images to train on, and the fixed fifth that is held out."""
-    order = torch.randperm(n, generator=rng("cpu", 0)).tolist()
-    return order[n // 5 :], order[: n // 5]
-
-
-def find_files(cfg):
-    """Return the image files of celeba or folder to train on, and those to hold out."""
-    root, wanted = cfg.data_dir or "data", "5 images or more, in any sub-folders"
-    if cfg.data == "celeba":
-        load_dotenv(".env")
-        root = cfg.data_dir or os.environ.get("CELEBA_PATH", "data")
-        wanted = "img_align_celeba/*.jpg of mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-    tree = ((top, name) for top, _, names in os.walk(root) for name in names)
-    files = [os.path.join(*at) for at in tree if at[1].lower().endswith(IMG_EXTENSIONS)]
-    files.sort()
-    if cfg.data == "celeba":  # the official parts go by number; the third is for tests
-        train = [f for f in files if os.path.basename(f)[:6] <= "162770"]
-        held = [f for f in files if "162770" < os.path.basename(f)[:6] <= "182637"]
-    else:
-        train, held = ([files[i] for i in part] for part in hold_out(len(files)))
-    if not (train and held):
-        raise FileNotFoundError(f"too few images in {root}; --data-dir wants {wanted}")
-    return train[: cfg.n_train or None], held[:1024]
-
-
-def decode(file, cfg):
-    """Return the middle square of an image file, on white, as (S, S, 3) bytes."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        side = 140 if cfg.data == "celeba" else min(image.size)  # 140: just the face
-        if min(side, *image.size) < cfg.image_size:
-            raise ValueError(f"{image.size} is too small for --image-size")
-        size = (cfg.image_size, cfg.image_size)
-        return center_crop(image, side).resize(size, Image.Resampling.LANCZOS).tobytes()
-    except Exception as error:  # PIL raises nearly anything on a broken file
-        if cfg.skip_bad_images:
-            return b""
-        how = "--skip-bad-images leaves such files out"
-        raise ValueError(f"cannot use {file}: {error}; {how}") from None
-
-
-def decode_all(files, cfg):
-    """Return files as uint8 (N, S, S, 3), mapped from a cache (made if missing)."""
-    about = [cfg.data, cfg.image_size, cfg.skip_bad_images]
-    stats = zip(files, map(os.stat, files), strict=True)
-    about += [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
-    key = hashlib.sha1(repr(about).encode()).hexdigest()
-    cache = Path("runs", "cache", f"{cfg.data}-{key}.bin")
-    whole = len(files) * cfg.image_size**2 * 3
-    fits = cache.exists() and (cfg.skip_bad_images or cache.stat().st_size == whole)
-    if not fits:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}")
-        try:
-            with ThreadPool() as pool, open(part, "wb") as f:
-                # in blocks: what waits to be written must not fill the memory
-                blocks = (files[k : k + 1024] for k in range(0, len(files), 1024))
-                one = partial(decode, cfg=cfg)
-                pixels = (image for block in blocks for image in pool.imap(one, block))
-                for image in tqdm(pixels, "decoding", len(files), disable=cfg.quiet):
-                    f.write(image)
-            part.replace(cache)
-        finally:
-            part.unlink(missing_ok=True)
-    size = cache.stat().st_size
-    if not size:
-        raise ValueError(f"none of {len(files)} images is readable")
-    # shared: Linux refuses a private mapping that is larger than the memory
-    pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
-    pixels = pixels.view(-1, cfg.image_size, cfg.image_size, 3)
-    if len(pixels) < len(files):
-        print(f"left out {len(files) - len(pixels)} of {len(files)} unreadable images")
-    return pixels
-
-
-def as_images(pixels, classes, n, size):
-    """Return the first n (0: all) of pixels (N, H, H[, C]) as (n, C, size, size)."""
-    x = torch.as_tensor(pixels[: n or None])
-    x = x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2)
-    if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    return x, None if classes is None else torch.as_tensor(classes)[: len(x)]
-
-
 def load_images(cfg):
-    """Return images, labels, held, held_labels of the data set cfg.data.
-
-    images, held: uint8 (N, C, S, S). held is never trained on: the set's own test or
-    validation part, or else a fixed fifth. labels: int64 (N,), or None without any.
-    Raises FileNotFoundError or ValueError that says what to do.
-    """
+    """Return the images to train on and those held out, uint8 (N, C, S, S)."""
     if cfg.seq_len > 1:  # + video
-        return load_clips(cfg)  # + video
+        return load_clips(cfg)[:2]  # + video
     if cfg.data == "digits":
-        digits = load_digits()
-        pixels = (digits.images * 255 / 16).round().astype(np.uint8)
-        train, held = ((pixels[i], digits.target[i]) for i in hold_out(len(pixels)))
-    elif cfg.data in ("celeba", "folder"):
-        train, held = (decode_all(files, cfg) for files in find_files(cfg))
-        if all((x == x[..., :1]).all() for x in (held, *train.split(4096))):  # grey
-            train, held = train[..., :1], held[..., :1]
-        train, held = (train, None), (held, None)
-    else:
-        names = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
-        name, root = names[cfg.data], cfg.data_dir or "data"
-        try:
-            both = [
-                getattr(datasets, name)(root, train=part, download=cfg.download)
-                for part in (True, False)
-            ]
-        except Exception:  # missing, broken and unreachable files raise different ones
-            how = "--data-dir says where it lies, --download gets it"
-            raise FileNotFoundError(f"no usable {name} in {root}: {how}") from None
-        train, held = ((part.data, part.targets) for part in both)
-    images, labels = as_images(*train, cfg.n_train, cfg.image_size)
-    return images, labels, *as_images(*held, 1024, cfg.image_size)
+        images = torch.tensor(load_digits().images * 255 / 16).round().byte()[:, None]
+        order = torch.randperm(len(images), generator=rng("cpu", 0))
+        return images[order[len(images) // 5 :]], images[order[: len(images) // 5]]
+    files = [Path(cfg.data, part).expanduser() for part in ("train.npy", "held.npy")]
+    return [torch.from_numpy(np.load(file, mmap_mode="r")) for file in files]
 
 
 # ---- 3. UNet -----------------------------------------------------------------------
@@ -313,26 +126,22 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.film = nn.Linear(c_time, 2 * c_out)
+        self.mix = nn.Identity()  # MixFrames, where there are frames to mix  # + video
 
     def forward(self, x, temb):
         gamma, beta = self.film(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
+        h = self.mix(h)  # + video
         h = self.norm2(h) * (1 + gamma) + beta
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """Tell the noise in x_t: three downs, a bottleneck vector, three ups with skips.
-
-    net(xt, t): xt (B, channels, S, S), where 4 divides S; t (B,) int64 in 1..T; returns
-    eps_hat, like xt. n_feat: the width, a multiple of 8. Mind the skips d1, d2 and d3:
-    what they carry does not pass the bottleneck.
-    """
+    """Three downs, a bottleneck vector, three ups; the skips d1, d2, d3 pass it by."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
         n, c_time = n_feat, 4 * n_feat
-        self.in_time = nn.ModuleDict()  # + video
         self.time1, self.time2 = nn.Linear(2 * n, c_time), nn.Linear(c_time, c_time)
         self.init = nn.Conv2d(channels, n, 3, padding=1)
         self.down1 = Block(n, n, c_time)
@@ -344,794 +153,354 @@ class UNet(nn.Module):
         self.up1 = Block(2 * n + 4 * n, 2 * n, c_time)
         self.up2 = Block(2 * n + 2 * n, n, c_time)
         self.up3 = Block(n + n, n, c_time)
-        self.norm = nn.GroupNorm(8, n)
-        self.out = nn.Conv2d(n, channels, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.norm, self.out = nn.GroupNorm(8, n), nn.Conv2d(n, channels, 3, padding=1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, t):
-        whole, clips = xt.shape, len(xt)  # + video
-        xt = xt.reshape(-1, self.init.in_channels, *whole[2:])  # + video
-        t = t.repeat_interleave(len(xt) // clips)  # + video
-        half = self.time1.in_features // 2
-        freq = 10000 ** (-torch.arange(half, device=t.device) / half)
-        angle = t[:, None] * freq
-        temb = F.silu(self.time1(torch.cat([angle.sin(), angle.cos()], dim=1)))
-        temb = F.silu(self.time2(temb))
+        half = self.init.out_channels
+        angle = t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)
+        temb = self.time1(torch.cat([angle.sin(), angle.cos()], dim=1))
+        temb = F.silu(self.time2(F.silu(temb)))
         d1 = self.down1(self.init(xt), temb)  # (B, n, S, S)
         d2 = self.down2(F.avg_pool2d(d1, 2), temb)  # (B, 2n, S/2, S/2)
-        d2 = mix_frames(self, "d2", d2, clips)  # + video
         d3 = self.down3(F.avg_pool2d(d2, 2), temb)  # (B, 4n, S/4, S/4)
-        d3 = mix_frames(self, "d3", d3, clips)  # + video
         vec = self.to_vec(d3.mean((2, 3), keepdim=True))
         vec = F.silu(vec + self.vec_time(temb)[:, :, None, None])  # the bottleneck
         h = self.up0(vec).expand(-1, -1, *d3.shape[2:])
         h = self.up1(torch.cat([h, d3], dim=1), temb)
-        h = mix_frames(self, "u1", h, clips)  # + video
-        h = F.interpolate(h, scale_factor=2)
-        h = self.up2(torch.cat([h, d2], dim=1), temb)
-        h = mix_frames(self, "u2", h, clips)  # + video
-        h = F.interpolate(h, scale_factor=2)
-        h = self.up3(torch.cat([h, d1], dim=1), temb)
-        eps_hat = self.out(F.silu(self.norm(h)))
-        eps_hat = eps_hat.reshape(whole)  # + video
-        return eps_hat
+        h = self.up2(torch.cat([F.interpolate(h, scale_factor=2), d2], dim=1), temb)
+        h = self.up3(torch.cat([F.interpolate(h, scale_factor=2), d1], dim=1), temb)
+        return self.out(F.silu(self.norm(h)))
 
 
 # ---- 4. Diffusion ------------------------------------------------------------------
-def at(table, t, x):
-    """Return table[t] as (B, 1, ...), to be multiplied with x, which is (B, ...)."""
-    return table[t].view(-1, *[1] * (x.dim() - 1))
-
-
 class DDPM(nn.Module):
-    """The noise schedule, the loss and the samplers around net(xt, t) -> eps_hat.
+    """The noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,).
 
-    Buffers beta, alpha, alphabar (T+1,): index t is the paper's t, and 0 is clean data.
-    Below, x0, xt and eps are (B, C, S, S), and t and s (B,) int64.
+    Buffers beta, alphabar (T+1,): index t is the paper's t, index 0 is clean data.
     """
 
-    def __init__(self, net, T=1000, bf16=False):
+    def __init__(self, net, T=1000):
         super().__init__()
-        self.net, self.T, self.bf16 = net, T, bf16
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-        beta = F.pad(beta, (1, 0))
+        self.net, self.T = net, T
+        self.channels, self.correlation, self.reg_weight = None, 0.0, None  # + video
+        place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
+        abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
+        beta = F.pad((1 - abar[1:] / abar[:-1]).clamp(max=0.999), (1, 0))
         self.register_buffer("beta", beta.float())
-        self.register_buffer("alpha", (1 - beta).float())
         self.register_buffer("alphabar", (1 - beta).cumprod(0).float())
-        self.channels, self.correlation = 1, 0.0  # + video
-        self.reg_weight, self.calm = 0.0, None  # + video
 
     def q_sample(self, x0, t, eps):
         """Return x_t ~ q(x_t | x_0), Eq. 4."""
-        ab = at(self.alphabar, t, x0)
+        ab = self.alphabar[t, None, None, None]
         return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
     def eps_hat(self, xt, t):
-        """Return the network's guess of the noise in xt, float32."""
-        fast = self.bf16 and xt.is_cuda
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=fast):
-            eps_hat = self.net(xt, t)
-        return eps_hat.float()
+        """Return the predicted noise in xt."""
+        clips, c = xt.shape, self.channels or xt.shape[1]  # + video
+        xt = xt.reshape(-1, c, *clips[2:])  # (B F, C, S, S)  # + video
+        t = t.repeat_interleave(clips[1] // c)  # + video
+        out = self.net(xt, t)
+        eps_hat = xt + out
+        eps_hat = eps_hat.reshape(clips)  # + video
+        return eps_hat
 
-    def residual(self, x0, t, eps):
-        """Return eps_hat(x_t, t) - eps, which training makes small."""
+    def forward(self, x0, t, eps):
+        """Return the loss of Algorithm 1, Eq. 14, a scalar."""
         eps = correlate(eps, self.channels, self.correlation)  # + video
-        xt = self.q_sample(x0, t, eps)
-        return self.eps_hat(xt, t) - eps
-
-    def forward(self, x0, t=None, eps=None):
-        """Return the loss, Eq. 14, a scalar. None: t is uniform in 1..T, eps normal."""
-        if t is None:
-            t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device)
-        if eps is None:
-            eps = torch.randn_like(x0)
-        residual = self.residual(x0, t, eps)
+        residual = self.eps_hat(self.q_sample(x0, t, eps), t) - eps
         error = residual.square().flatten(1).mean(1)  # (B,)
-        loss = error.mean()
-        if self.reg_weight:  # + video
-            jumps = flicker(residual, self.channels, self.calm)  # + video
-            loss = loss + self.reg_weight * jumps  # + video
-        return loss
+        if self.training and self.reg_weight is not None:  # + video
+            frames = residual.unflatten(1, (-1, self.channels))  # + video
+            jumps = frames.diff(dim=1).square().flatten(2).mean(2)  # + video
+            error = error + (self.reg_weight * jumps).mean(1)  # + video
+        return error.mean()
 
     def predict(self, xt, t):
-        """Return x0_hat, Eq. 15, clipped to [-1, 1], and the eps_hat that fits it."""
-        ab = at(self.alphabar, t, xt)
+        """Return x0_hat, Eq. 15, clipped to [-1, 1], and the eps_hat that agrees."""
+        ab = self.alphabar[t, None, None, None]
         eps_hat = self.eps_hat(xt, t)
-        x0_hat = (xt - (1 - ab).sqrt() * eps_hat) / ab.sqrt()
-        x0_hat = x0_hat.clamp(-1, 1)
-        eps_hat = (xt - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
-        return x0_hat, eps_hat
+        x0_hat = ((xt - (1 - ab).sqrt() * eps_hat) / ab.sqrt()).clamp(-1, 1)
+        return x0_hat, (xt - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
 
-    def p_sample(self, xt, t, generator=None):
-        """Return x_{t-1} ~ p(x_{t-1} | x_t), Algorithm 2 with sigma^2 = beta."""
-        beta = at(self.beta, t, xt)
-        ab = at(self.alphabar, t, xt)
-        _, eps_hat = self.predict(xt, t)
-        mean = (xt - beta / (1 - ab).sqrt() * eps_hat) / (1 - beta).sqrt()
-        z = torch.randn(xt.shape, generator=generator, device=xt.device)
-        z = correlate(z, self.channels, self.correlation)  # + video
-        z[t == 1] = 0
-        return mean + beta.sqrt() * z
+    def p_sample(self, xt, t, s, eta, z):
+        """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-    def ddim_step(self, xt, t, s, eta=0.0, generator=None):
-        """Return x_s from x_t, s < t, Eq. 12 and 16 of DDIM; eta is 0 to 1."""
-        ab = at(self.alphabar, t, xt)
-        ab_s = at(self.alphabar, s, xt)
+        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
+        """
+        ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
         x0_hat, eps_hat = self.predict(xt, t)
         sigma = eta * ((1 - ab_s) / (1 - ab) * (1 - ab / ab_s)).sqrt()
-        z = torch.randn(xt.shape, generator=generator, device=xt.device)
-        z = correlate(z, self.channels, self.correlation)  # + video
-        towards = (1 - ab_s - sigma**2).clamp(min=0).sqrt()
-        return ab_s.sqrt() * x0_hat + towards * eps_hat + sigma * z
+        rest = (1 - ab_s - sigma**2).clamp(min=0).sqrt()
+        return ab_s.sqrt() * x0_hat + rest * eps_hat + sigma * z
 
     @torch.no_grad()
-    def sample(self, shape, steps=50, sampler="ddim", eta=0.0, generator=None, xt=None):
-        """Return images (B, C, S, S) in [-1, 1], made from the noise xt (None: drawn).
-
-        steps: network calls of ddim, T at most; ddpm makes T.
-        """
-        device = self.beta.device
+    def sample(self, shape, steps=50, eta=0.0, generator=None, xt=None):
+        """Return images in [-1, 1] from the noise xt (None: drawn); steps is 1 to T."""
+        times = torch.linspace(self.T, 0, steps + 1).round().long().to(self.beta.device)
         if xt is None:
-            xt = torch.randn(shape, generator=generator, device=device)
+            xt = torch.randn(shape, generator=generator, device=times.device)
         xt = correlate(xt, self.channels, self.correlation)  # + video
-        steps = self.T if sampler == "ddpm" else min(steps, self.T)
-        times = torch.linspace(self.T, 0, steps + 1).round().long().to(device)
         for t, s in zip(times[:-1], times[1:], strict=True):
-            t, s = t.expand(len(xt)), s.expand(len(xt))
-            if sampler == "ddpm":
-                xt = self.p_sample(xt, t, generator)
-            else:
-                xt = self.ddim_step(xt, t, s, eta, generator)
+            z = torch.randn(xt.shape, generator=generator, device=times.device)
+            z = correlate(z, self.channels, self.correlation)  # + video
+            xt = self.p_sample(xt, t.expand(len(xt)), s.expand(len(xt)), eta, z)
         return xt.clamp(-1, 1)
 
 
 # ---- Idea: video -------------------------------------------------------------------
-def check_video(cfg):
-    """Raise ValueError where the options of clips do not fit together."""
-    if cfg.seq_len < 1 or cfg.correlation > 1:
-        raise ValueError("--seq-len is 1 (images), 2, 3 ...; --correlation is 0 to 1")
-    found = cfg.data in CLIPS
-    if found and cfg.seq_len == 1:
-        raise ValueError(f"--data {cfg.data} is clips: it wants --seq-len 2 or more")
-    if found and cfg.flow_weight and not cfg.motion_dir:
-        raise ValueError(f"--flow-weight with --data {cfg.data} wants --motion-dir")
-    if cfg.motion_dir and not (found and cfg.flow_weight):
-        raise ValueError("--motion-dir is for --flow-weight with --data npz or frames")
-    if found and cfg.skip_bad_images:
-        raise ValueError("--skip-bad-images would join frames that are no neighbours")
-    if cfg.seq_len > 1 and not found:
-        if not cfg.canvas:
-            object.__setattr__(cfg, "canvas", 3 * cfg.image_size // 8 * 4)
-        if cfg.canvas <= cfg.image_size or cfg.canvas % 4 or cfg.speed < 1:
-            wanted = "a multiple of 4 above --image-size"
-            raise ValueError(f"--canvas is {wanted}, --speed is 1 or more")
-
-
-def bounce(n, frames, room, speed, g):
-    """Return whole positions (n, frames, 2) in 0..room of points that bounce there.
-
-    Each has a start and a velocity of its own, up to speed along each axis, never 0, 0.
-    """
-    start = torch.randint(0, room + 1, (n, 1, 2), generator=g)
-    side = 2 * speed + 1
-    k = torch.randint(0, side**2 - 1, (n,), generator=g)
-    k += k >= side**2 // 2  # the middle one is 0, 0
-    v = torch.stack([k // side, k % side], dim=1) - speed
-    way = start + v[:, None] * torch.arange(frames)[:, None]
-    return room - (room - way % (2 * room)).abs()
-
-
-def set_moving(images, cfg, g):
-    """Return clips (N, F C, S, S) of images, and their motion (N, F - 1).
-
-    Motion is how far the image moves from frame to frame, in pixels.
-    """
-    n, channels, side = images.shape[:3]
-    at = bounce(n, cfg.seq_len, cfg.canvas - side, cfg.speed, g)
-    clips = images.new_zeros(n, cfg.seq_len, cfg.canvas, cfg.canvas, channels)
-    k, pixel = torch.arange(n)[:, None, None], torch.arange(side)
-    for f in range(cfg.seq_len):
-        row, column = (at[:, f, axis, None] + pixel for axis in (0, 1))  # (N, side)
-        clips[k, f, row[:, :, None], column[:, None]] = images.permute(0, 2, 3, 1)
-    return clips.movedim(-1, 2).flatten(1, 2), at.diff(dim=1).float().norm(dim=-1)
-
-
-def find_clips(cfg):
-    """Return {name: frames} of npz, arrays (F, H, W[, 3]), or of frames, file names."""
-    if cfg.data == "npz":
-        try:
-            with np.load(cfg.data_dir) as file:
-                clips = file["clips" if "clips" in file else file.files[0]]
-        except Exception:  # np.load raises nearly anything on a foreign file
-            wanted = "FILE.npz with clips, uint8 (N, F, H, W) or (N, F, H, W, 3)"
-            raise FileNotFoundError(f"--data npz wants --data-dir {wanted}") from None
-        if clips.dtype != np.uint8 or clips.shape[4:] not in ((), (1,), (3,)):
-            raise ValueError(f"{cfg.data_dir} holds {clips.dtype} {clips.shape}")
-        return {f"{i:06}": clip for i, clip in enumerate(clips)}
-    found = {}
-    for top, _, names in sorted(os.walk(cfg.data_dir or "data")):
-        files = sorted(x for x in names if x.lower().endswith(IMG_EXTENSIONS))
-        if files:
-            found[Path(top).name] = [os.path.join(top, file) for file in files]
-    return found
+def set_moving(images, frames, g):
+    """Return clips of images that go to and fro on black, and how far in pixels."""
+    step = images.shape[-1] // 8  # pixels per frame, there is room for four steps
+    v = torch.tensor([[0, step], [step, 0], [step, step]])
+    v = v[torch.randint(3, (len(images), 1), generator=g)]  # (N, 1, 2)
+    start = torch.randint(8 * step, v.shape, generator=g)
+    at = (4 * step - (start + v * torch.arange(frames)[:, None]) % (8 * step)).abs()
+    pairs = zip(F.pad(images, (0, 4 * step) * 2), at.tolist(), strict=True)
+    clips = [torch.cat([x.roll(yx, (1, 2)) for yx in path]) for x, path in pairs]
+    return torch.stack(clips), at.diff(dim=1).float().norm(dim=-1)
 
 
 def load_clips(cfg):
-    """Return clips (N, F C, S, S), motion (N, F - 1) or None, and both held out.
-
-    A clip longer than --seq-len gives several. A fifth of the clips is held out.
-    """
-    if cfg.data not in CLIPS:
-        images, _, held, _ = load_images(replace(cfg, seq_len=1))
-        own, fixed = rng("cpu", cfg.seed, 0, 11), rng("cpu", 0, 0, 11)
-        return *set_moving(images, cfg, own), *set_moving(held[:128], cfg, fixed)
-    found, length, pixels, motions = find_clips(cfg), cfg.seq_len, [], []
-    for part in hold_out(len(found)):
-        pieces, motion = [], []
-        for name, frames in ([*found.items()][i] for i in part):
-            starts = range(0, len(frames) - length + 1, length)
-            pieces += [frames[k : k + length] for k in starts]
-            if cfg.motion_dir:
-                moves = read_motion(Path(cfg.motion_dir, f"{name}.npy"), len(frames))
-                motion += [moves[k : k + length - 1] for k in starts]
-        if not pieces:
-            raise ValueError(f"--data-dir wants 5 or more clips of {length} frames")
-        n = 128 if pixels else cfg.n_train or len(pieces)
-        if cfg.data == "npz":
-            pixels.append(torch.as_tensor(np.concatenate(pieces[:n])))
-        else:
-            pixels.append(decode_all([x for piece in pieces[:n] for x in piece], cfg))
-        motions.append(torch.tensor(np.stack(motion[:n])) if motion else None)
-    small = [y for x in pixels for y in x.split(4096)]
-    if cfg.data == "frames" and all((y == y[..., :1]).all() for y in small):  # grey
-        pixels = [x[..., :1] for x in pixels]
-    pixels = [as_images(x, None, 0, cfg.image_size)[0] for x in pixels]
-    train, held = (x.reshape(len(x) // length, -1, *x.shape[2:]) for x in pixels)
-    return train, motions[0], held, motions[1]
-
-
-def read_motion(file, frames):
-    """Return the motion (frames - 1,) in file; what stands for pixels is averaged."""
-    try:
-        motion = np.load(file).astype(np.float32)
-    except (OSError, ValueError):
-        raise FileNotFoundError(f"there is no array {file}") from None
-    if len(motion) != frames - 1 or not (motion >= 0).all():
-        raise ValueError(f"{file} wants {frames - 1} rows >= 0 for {frames} frames")
-    return motion.reshape(frames - 1, -1).mean(1)
-
-
-def correlation_of(cfg):
-    """Return the correlation of neighbouring frames that --noise asks for."""
-    return {"shared": 1.0, "independent": 0.0}.get(cfg.noise, cfg.correlation)
+    """Return clips (N, F C, S, S), held-out ones, and the motion of the former."""
+    images, held = load_images(Config(cfg.data, seq_len=1))
+    if images.ndim == 4:
+        clips, motion = set_moving(images, cfg.seq_len, rng("cpu", 0, 11))
+        return clips, set_moving(held[:128], cfg.seq_len, rng("cpu", 1, 11))[0], motion
+    if images.shape[1] % cfg.seq_len:
+        raise ValueError(f"--seq-len does not divide {images.shape[1]} frames")
+    shape, motion = (-1, cfg.seq_len * images.shape[2], *images.shape[3:]), None
+    if cfg.flow_weight:
+        motion = np.load(Path(cfg.data, "train_motion.npy").expanduser())
+        motion = F.pad(torch.from_numpy(motion), (0, 1)).view(-1, cfg.seq_len)[:, :-1]
+    return images.view(shape), held.view(shape), motion
 
 
 def correlate(eps, channels, rho):
-    """Return eps (B, F C, S, S) with correlation rho^k between frames k apart.
-
-    AR(1): each frame is rho times the one before plus fresh noise, and so N(0, I) as
-    well. rho 1 is one eps for all frames, rho 0 leaves eps as it is.
-    """
-    if not rho:
-        return eps
-    frames = [*eps.split(channels, dim=1)]
+    """Return noise: each frame is N(0, I), frames k apart correlate by rho^k."""
+    frames = [*eps.split(channels or eps.shape[1], dim=1)]
     for f in range(1, len(frames)):
-        frames[f] = rho * frames[f - 1] + math.sqrt(1 - rho**2) * frames[f]
+        frames[f] = rho * frames[f - 1] + (1 - rho**2) ** 0.5 * frames[f]
     return torch.cat(frames, dim=1)
 
 
-def flicker(error, channels, calm=None):
-    """Return how much error (B, F C, S, S) differs from frame to frame, mean square.
+class MixFrames(nn.Conv2d):
+    """Add a convolution along the frames that reaches all of them; it starts at 0."""
 
-    calm: weights (B, F - 1) of the pairs. Of eps_hat - eps it is the penalty, and of
-    x0_hat - x0 the jitter that one sees.
-    """
-    pairs = error.unflatten(1, (-1, channels)).diff(dim=1)
-    pairs = pairs.square().flatten(2).mean(2)
-    return (pairs if calm is None else pairs * calm).mean()
+    def __init__(self, c, frames):
+        super().__init__(c, c, (2 * frames - 1, 1), padding=(frames - 1, 0))
+        nn.init.zeros_(self.weight), nn.init.zeros_(self.bias)
+        self.frames = frames
 
-
-class InTime(nn.Module):
-    """Mix each pixel with itself in near frames: two convolutions over F, added.
-
-    The second starts at 0, so at first the frames do not hear of one another.
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, c)
-        self.conv = nn.Conv2d(c, c, (3, 1), padding=(1, 0))
-        self.out = nn.Conv2d(c, c, (3, 1), padding=(1, 0))
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x, clips):
-        """Return x (B F, c, H, W), the frames of so many clips, mixed."""
-        h = F.silu(self.norm(x)).unflatten(0, (clips, -1))
-        h = h.flatten(3).transpose(1, 2)  # (B, c, F, H W): F is an axis of an image
-        h = self.out(F.silu(self.conv(h)))
+    def forward(self, x):
+        h = x.unflatten(0, (-1, self.frames)).flatten(3).transpose(1, 2)
+        h = super().forward(h)  # (B, c, F, H W): frames are one side of an image
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
-def mix_frames(net, where, x, clips):
-    """Return x after the temporal layer there, or as it is without one."""
-    return net.in_time[where](x, clips) if where in net.in_time else x
-
-
-def displacement(clips, channels):
-    """Return how things move from frame to frame, and how alike the frames are.
-
-    shift (B, F - 1, 2): whole pixels down and right, where the cross-correlation of two
-    neighbours is highest (it wraps round). match (B, F - 1): that correlation, 1 for
-    one thing that moves. clips (B, F C, S, S) in [-1, 1]; -1 is the ground.
-    """
-    ink = (clips.unflatten(1, (-1, channels)).mean(2) + 1) / 2  # (B, F, S, S)
-    wave, side = torch.fft.rfft2(ink), ink.shape[-1]
-    both = torch.fft.irfft2(wave[:, 1:] * wave[:, :-1].conj(), s=ink.shape[-2:])
-    best, place = both.flatten(2).max(-1)
-    shift = torch.stack([place // side, place % side], dim=-1)
-    size = ink.square().sum((2, 3)).sqrt()
-    match = best / (size[:, 1:] * size[:, :-1]).clamp(min=1e-6)
-    return (shift + side // 2) % side - side // 2, match
-
-
-def tell_motion(drawn, real, channels):
-    """Return a line about clips that were drawn, with real ones beside them."""
-    said = "drawn clips move"
-    for clips, end in ((drawn, "; real ones"), (real, "")):
-        shift, match = displacement(clips.cpu(), channels)
-        said += f" {shift.float().norm(dim=-1).mean():.2f} pixels a frame, match "
-        said += f"{match.mean():.2f}{end}"
-    return said
-
-
-def strips(clips, channels):
-    """Return clips (B, F C, S, S) as images (B, C, S, F S), frame beside frame."""
-    x = clips.unflatten(1, (-1, channels)).permute(0, 2, 3, 1, 4)
-    return x.flatten(3)
-
-
-def page(images, columns, zoom):
-    """Return images (N, C, H, W) as one (C, H', W') of so many columns."""
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    images = F.pad(images, (0, 2, 0, 2), value=1)
-    images = F.pad(images, (0,) * 7 + (-len(images) % columns,), value=1)
-    rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
-    return rows.flatten(3).flatten(1, 2)
-
-
-def animate(clips, channels, path):
-    """Write clips (B, F C, S, S) in [-1, 1], side by side, as one animated WebP."""
-    columns, zoom = math.ceil(len(clips) ** 0.5), max(1, 64 // clips.shape[-1])
-    frames = [page(x, columns, zoom) for x in clips.cpu().split(channels, dim=1)]
-    frames = [to_pil_image(((x + 1) / 2).clamp(0, 1)) for x in frames]
-    options = {"save_all": True, "append_images": frames[1:], "duration": 150}
-    frames[0].save(path, loop=0, lossless=True, **options)
-
-
 # ---- 5. Training -------------------------------------------------------------------
-SCRIPT = Path(__file__).stem
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts here under --max-restarts
-STATE = "script config shape step net ema opt losses history".split()  # to go on
-
-
-def join_processes():
+def join_processes(cfg):
     """Return device, rank and number of processes; join torchrun's group, if any."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"more processes than the {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(device)
+    local, kind = int(os.environ.get("LOCAL_RANK", 0)), cfg.device
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    kind = kind if kind != "auto" else gpu.type if gpu else "cpu"
+    if rank >= world or kind != "cpu" and local >= torch.accelerator.device_count():
+        raise ValueError(f"process {rank} of {world} finds no {kind} of its own")
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, local)
     if world > 1 and not dist.is_initialized():
-        wait = timedelta(hours=2)  # others wait while one decodes a large data set
         store = next(dist.rendezvous("env://"))[0]
-        store.set_timeout(wait)
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store over a restart, with the addresses of the dead
-            store = dist.PrefixStore(os.environ.get(RESTARTS, "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        group = {"rank": rank, "world_size": world, "store": store, "timeout": wait}
-        dist.init_process_group(backend, **group)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device, rank, world
-
-
-def barrier():
-    """Wait for the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def build(cfg, shape):
     """Return a new DDPM, as cfg asks for it, for images of shape (C, S, S)."""
-    fast = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    net = UNet(shape[0], cfg.n_feat)
-    if cfg.seq_len > 1:  # + video
-        net = UNet(shape[0] // cfg.seq_len, cfg.n_feat)  # + video
-        if cfg.temporal:  # + video
-            for where, width in {"d2": 2, "d3": 4, "u1": 2, "u2": 1}.items():  # + video
-                net.in_time[where] = InTime(width * cfg.n_feat)  # + video
-    ddpm = DDPM(net, cfg.T, bf16=cfg.bf16 and fast)
-    ddpm.channels = shape[0] // cfg.seq_len  # + video
-    ddpm.correlation = correlation_of(cfg)  # + video
-    ddpm.reg_weight = cfg.reg_weight if cfg.seq_len > 1 else 0.0  # + video
+    if len(shape) > 3:  # + video
+        raise ValueError(f"{cfg.data} holds clips: --seq-len is 2 or more")  # + video
+    clip, shape = shape, (shape[0] // cfg.seq_len, *shape[1:])  # + video
+    ddpm = DDPM(UNet(shape[0], cfg.n_feat), cfg.T)
     ddpm.shape = tuple(shape)
+    ddpm.shape, ddpm.channels = tuple(clip), shape[0]  # + video
+    if cfg.seq_len > 1:  # + video
+        rho = {"shared": 1.0, "mixed": cfg.correlation, "independent": 0.0}  # + video
+        ddpm.correlation, ddpm.reg_weight = rho[cfg.noise], cfg.reg_weight  # + video
+        for block in ddpm.net.modules():  # + video
+            if cfg.temporal and isinstance(block, Block):  # + video
+                block.mix = MixFrames(block.conv1.out_channels, cfg.seq_len)  # + video
     return ddpm
 
 
-def save_checkpoint(path, state):
-    """Write state to path; a kill or a full disk (OSError) spares the older file."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from None
-
-
-def read_checkpoint(path, script=SCRIPT):
-    """Return the dict in a checkpoint, its config as a Config.
-
-    Raises ValueError if it is broken, or was not written by script (empty: by any).
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+def read_checkpoint(path):
+    """Return the dict in a checkpoint of this script, its config as a Config."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = {field.name for field in fields(Config)} & state["config"].keys()
-        config = Config(**{name: state["config"][name] for name in known})
-        state = {**{key: state[key] for key in STATE}, "config": config}
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        return {**state, "config": Config(**state["config"])}
     except Exception as error:  # torch.load raises nearly anything on a foreign file
-        why = type(error).__name__
-        raise ValueError(f"{path} is no checkpoint, or cut short ({why})") from None
-    if script and state["script"] != script:
-        raise ValueError(f"{path} was written by {state['script']}.py, not {script}.py")
-    return state
-
-
-def restore(ddpm, weights, path):
-    """Load weights, read from path, into ddpm. ValueError: they are another model's."""
-    try:
-        ddpm.load_state_dict(weights)
-    except RuntimeError as error:
-        why = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} is from another model: {why}") from None
+        raise ValueError(f"{path} is no checkpoint of {SCRIPT}.py: {error}") from None
 
 
 def load(path, ema=True):
     """Return the DDPM of a checkpoint, ready to sample; ema: its averaged weights."""
     state = read_checkpoint(path)
     ddpm = build(state["config"], state["shape"])
-    restore(ddpm, state["ema" if ema else "net"], path)
+    ddpm.load_state_dict(state["ema" if ema else "net"])
     return ddpm.eval()
 
 
-def start_from(ddpm, cfg):
-    """Copy into ddpm what fits of --init, without --delete-keys; say so in a line."""
-    drop = tuple(f"net.{key}" for key in cfg.delete_keys.split(",") if key)
-    old, own = read_checkpoint(cfg.init, "")["ema"], dict(ddpm.named_parameters())
-    fits = [key for key in own if key in old and old[key].shape == own[key].shape]
-    taken = {key: old[key] for key in fits if not key.startswith(drop)}
-    ddpm.load_state_dict(taken, strict=False)
-    rest = [key.removeprefix("net.") for key in own if key not in taken]
-    return f"--init: {len(taken)} of {len(own)} tensors taken; not: {', '.join(rest)}"
-
-
-def next_free(base):
-    """Return the first of base, base-2, base-3 ... that is free, and the one before."""
-    free, before, n = base, base, 1
-    while free.exists():
-        n += 1
-        free, before = Path(f"{base}-{n}"), free
-    return free, before
-
-
-def job():
-    """Return a name for this start of torchrun (or python), which a restart keeps."""
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid() if alone else ''}"
-
-
 def find_run(cfg):
-    """Return the run folder that cfg means, and a checkpoint to go on from, or None.
-
-    Raises ValueError rather than let a run be overwritten.
-    """
-    free, newest = next_free(Path("runs", f"{SCRIPT}-{cfg.data}"))
-    path = Path(cfg.resume)
-    in_place = path.name == "last.pt" and cfg.out in ("", str(path.parent))
-    out = Path(cfg.out or (path.parent if in_place else newest))
-    about = out / "config.json"
-    ours = about.exists() and json.loads(about.read_text()).get("job") == job()
-    if cfg.resume == "auto" or int(os.environ.get(RESTARTS, 0)) and ours:
-        last = out / "last.pt"
-        return out, last if last.exists() else None
-    if cfg.resume and in_place:
-        return out, path
-    out = Path(cfg.out or free)
-    if Path(out, "config.json").exists():
-        raise ValueError(f"{out} holds a run: --resume auto goes on with it")
-    return out, path if cfg.resume else None
-
-
-def learning_rate(cfg, step, total):
-    """Return the learning rate of a step: a linear rise, then a linear fall to 0."""
-    rise = min(1, (step + 1) / (cfg.warmup + 1))
-    fall = 1 - step / total if cfg.lr_decay else 1
-    return cfg.lr * rise * fall
+    """Return the run folder, and the state to go on from; a new run is at step 0."""
+    out = Path(cfg.out or f"runs/{SCRIPT}-{Path(cfg.data).name}").expanduser()
+    if not (out / "last.pt").exists():
+        return out, {"step": 0, "history": []}
+    if not cfg.resume:
+        raise ValueError(f"{out} holds a run: add --resume, or another --out")
+    state = read_checkpoint(out / "last.pt")
+    free = "epochs steps every device bf16 compile out resume wandb quiet".split()
+    old, new = asdict(state["config"]), asdict(cfg)
+    if changed := [x for x in old if old[x] != new[x] and x not in free]:
+        raise ValueError(f"the run in {out} has another {', '.join(changed)}")
+    return out, state
 
 
 @torch.no_grad()
 def held_out_loss(ddpm, held):
-    """Return {t: loss} at ten fixed t with fixed noise, so that all runs compare."""
-    device, losses = ddpm.beta.device, {}
+    """Return {column: loss} at ten fixed t with fixed noise, and their mean."""
+    row = {}
     for level in [round((k + 0.5) * ddpm.T / 10) for k in range(10)]:
-        g, total = rng("cpu", level), 0
-        for x0 in held.split(256):
-            t = torch.full((len(x0),), level, device=device)
-            eps = torch.randn(x0.shape, generator=g).to(device)
-            residual = ddpm.residual(x0.to(device) / 127.5 - 1, t, eps)
-            total += residual.square().sum()
-        losses[level] = float(total) / held.numel()
-    return losses
+        t = torch.full((len(held),), level, device=held.device)
+        eps = torch.randn(held.shape, generator=rng("cpu", level)).to(held.device)
+        row[f"held_t{level}"] = ddpm(held, t, eps).item()
+    return {"held_loss": sum(row.values()) / len(row), **row}
 
 
-def save_grid(images, path, nrow):
-    """Write images in [-1, 1] as one PNG, nrow in a line, small ones enlarged."""
-    images = F.interpolate(
-        (images + 1) / 2, scale_factor=max(1, 64 // images.shape[-1])
-    )
-    save_image(images, path, nrow=nrow, pad_value=1)
+def save_grid(ema, ddpm, held, cfg, path):
+    """Write a PNG: two rows of averaged weights, one of raw ones, one of real ones."""
+    xt = torch.randn(32, *ddpm.shape, generator=rng("cpu", cfg.seed, 3)).to(held)
+    rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
+    images = torch.cat([*rows, held[:16]])
+    if cfg.seq_len > 1:  # a column for a clip, a line for a frame  # + video
+        few = torch.linspace(0, len(images) - 1, 16).long()  # + video
+        images = torch.cat(images[few].split(ddpm.channels, dim=1))  # + video
+    images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))
+    save_image((images + 1) / 2, path, nrow=16, pad_value=1)
+    if cfg.seq_len > 1:  # + video
+        page = np.asarray(Image.open(path))[:-2]  # + video
+        first, *rest = map(Image.fromarray, np.split(page, cfg.seq_len))  # + video
+        film = path.with_suffix(".webp")  # + video
+        first.save(film, save_all=True, append_images=rest, duration=150)  # + video
 
 
-def plot_history(history, path):
-    """Draw the losses over the epochs, and the held-out ones over t, as a PNG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in ("loss", "held_loss"):
-        curve = [(row["epoch"], row[name]) for row in history]
-        left.plot(*zip(*curve, strict=True), "o-", label=name)
-    for row in history[:: max(1, len(history) // 4)]:
-        held = [(int(k[6:]), v) for k, v in row.items() if k.startswith("held_t")]
-        right.plot(*zip(*held, strict=True), "o-", label=f"epoch {row['epoch']}")
-    left.set(xlabel="epoch", ylabel="mean squared error of eps_hat", yscale="log")
-    right.set(xlabel="noise level t", ylabel="held-out loss", yscale="log")
-    left.legend()
-    right.legend()
-    figure.savefig(path, dpi=120)
-
-
-def open_log(cfg, out):
-    """Return a function that sends a row of metrics to --log."""
-    if cfg.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        write = SummaryWriter(out).add_scalar
-        return lambda row: [write(name, row[name], row["step"]) for name in row]
-    if cfg.log == "wandb":
-        import wandb
-
-        run = wandb.init(project=SCRIPT, dir=out, config=asdict(cfg))
-        return lambda row: run.log(row, step=row["step"])
-    return lambda row: None
+def save_run(out, epoch, state):
+    """Write metrics.csv and the checkpoint; a kill or full disk spares the last one."""
+    rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (out / "metrics.csv").write_text(table)
+    torch.save(state, buffer := io.BytesIO())
+    for name in (f"checkpoint_epoch_{epoch:03}.pt", "last.pt"):
+        (out / "part").write_bytes(buffer.getbuffer())
+        (out / "part").replace(out / name)
 
 
 def train(cfg):
-    """Train as cfg says, write the run folder, return the DDPM with averaged weights.
-
-    The loop is Algorithm 1. Under torchrun every process calls this; rank 0 writes.
-    Raises ValueError, OSError or FloatingPointError, in words for the user.
-    """
-    device, rank, world = join_processes()
-    say = tqdm.write if rank == 0 and not cfg.quiet else lambda line: None
-    if cfg.batch % world:
-        raise ValueError(f"--batch {cfg.batch} is not divisible by {world} processes")
-    if cfg.log != "none" and not find_spec(cfg.log):
-        raise ValueError(f"--log {cfg.log} wants: pip install {cfg.log}")
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first_here:
-        barrier()  # the first process of each machine downloads and decodes for it
-    images, labels, held, held_labels = load_images(cfg)
-    if first_here:
-        barrier()
-    if cfg.batch > len(images):
-        raise ValueError(f"--batch {cfg.batch} is above the {len(images)} images")
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        images = images.to(device)
-
+    """Train as cfg says, write the run folder, return the averaged DDPM."""
+    device, rank, world = join_processes(cfg)
+    images, held = load_images(cfg)
+    if cfg.batch % world or cfg.batch > len(images):
+        raise ValueError(f"--batch: at most {len(images)}, divisible by {world} ranks")
+    images = images.to(device) if images.nbytes < 2**32 else images
+    held = held.to(device) / 127.5 - 1
+    if cfg.flow_weight:  # + video
+        calm = cfg.reg_weight / (1 + load_clips(cfg)[2].to(device))  # + video
     torch.manual_seed(cfg.seed)
     ddpm = build(cfg, images.shape[1:]).to(device)
-    out, resume = find_run(cfg)
-    if cfg.init and not resume:
-        say(start_from(ddpm, cfg))
-    ema = copy.deepcopy(ddpm).eval().requires_grad_(False)
-    weights, averages = list(ddpm.parameters()), list(ema.parameters())
-    opt = torch.optim.AdamW(weights, betas=(0.9, 0.99), fused=True)
-    start, losses, history = 0, [], []
-    if resume:
-        state = read_checkpoint(resume)
-        restore(ddpm, state["net"], resume)
-        restore(ema, state["ema"], resume)
-        opt.load_state_dict(state["opt"])
-        start, losses, history = (state[key] for key in ("step", "losses", "history"))
+    ema = copy.deepcopy(ddpm).eval()
+    weights, averages = ([w.detach() for w in m.parameters()] for m in (ddpm, ema))
+    opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
+    out, state = find_run(cfg)
+    start, history, seen = state["step"], state["history"], []
+    if start:
+        for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
+            part.load_state_dict(state[name])
     if cfg.compile:
         ddpm.net.compile()
-    model = DistributedDataParallel(ddpm) if world > 1 else ddpm
-    barrier()  # every process has found the run; now its folder may change
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(
-            json.dumps({"job": job(), **asdict(cfg)}, indent=2)
-        )
-        log = open_log(cfg, out)
-
+    model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm
+    if cfg.wandb and rank == 0:
+        log = import_module("wandb").init(project=SCRIPT, config=asdict(cfg)).log
+    out.mkdir(parents=True, exist_ok=True)
     per_epoch = len(images) // cfg.batch
     total = cfg.steps or cfg.epochs * per_epoch
-    share = cfg.batch // world
-    mine = slice(rank * share, rank * share + share)
-    say(f"{out}: {len(images)} images, {sum(w.numel() for w in weights):,} weights")
-    seen, due = start * cfg.batch, total * cfg.batch
-    bar = tqdm(initial=seen, total=due, unit="img", disable=cfg.quiet or rank > 0)
-    fresh, before, clock = [], start, time.perf_counter()
-    for step in range(start, total):
+    mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
+    quiet = cfg.quiet or rank > 0
+    bar = tqdm(range(start, total), str(out), total, initial=start, disable=quiet)
+    for step in bar:
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             g = rng("cpu", cfg.seed, epoch, 1)
             order = torch.randperm(len(images), generator=g).to(images.device)
         index = order[i * cfg.batch : (i + 1) * cfg.batch][mine]
         x0 = images[index].to(device) / 127.5 - 1
-        g = rng(device, cfg.seed, step, 2)  # all ranks draw alike for the whole batch
+        ddpm.reg_weight = calm[index] if cfg.flow_weight else ddpm.reg_weight  # + video
+        x0 = x0.flip(-1) if cfg.flip and step % 2 else x0
+        g = rng(device, cfg.seed, step, 2)  # all processes draw for the whole batch
         t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
-        mirror = torch.rand(cfg.batch, 1, 1, 1, generator=g, device=device) < 0.5
-        t, eps, mirror = t[mine], eps[mine], mirror[mine]
-        if cfg.data in ("cifar10", "celeba"):
-            x0 = torch.where(mirror, x0.flip(-1), x0)
-
-        if cfg.flow_weight and cfg.seq_len > 1:  # + video
-            motion = labels[index.cpu()].to(device)  # (B, F - 1)  # + video
-            ddpm.calm = 1 / (1 + motion)  # + video
-        loss = model(x0, t, eps)
-        fresh.append(loss.detach())
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            loss = model(x0, t[mine], eps[mine])
+        seen.append(loss.detach())
         opt.zero_grad()
         loss.backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(weights, cfg.grad_clip)
-        lr = learning_rate(cfg, step, total)
+        nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
+        lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)
         opt.param_groups[0]["lr"] = lr
         opt.step()
         decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        bar.update(cfg.batch)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
-        done = step + 1 == total
-        ends = done or i + 1 == per_epoch
-        if ends or len(fresh) == 50:  # not at each step, as it waits for the GPU
-            window = torch.stack(fresh) / world
+        show = step + 1 == total or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
+        if show:
+            mean = torch.stack(seen).mean() / world
             if world > 1:
-                dist.all_reduce(window)
-            for at, value in enumerate(window.tolist(), step + 2 - len(fresh)):
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value} at step {at}")
-            losses += window.tolist()
-            fresh.clear()
-            bar.set_postfix(loss=f"{window.mean():.4f}")
-        show = done or ends and (epoch + 1) % cfg.sample_every == 0
-        keep = done or ends and (epoch + 1) % cfg.save_every == 0
+                dist.all_reduce(mean)
+            seen.clear()
+            if not mean.isfinite():
+                raise ValueError(f"the loss is {mean} in epoch {epoch + 1}")
         if rank == 0 and show:
-            rate = (step + 1 - before) * cfg.batch / (time.perf_counter() - clock)
-            row = {"step": step + 1, "epoch": epoch + 1, "lr": lr, "images_per_s": rate}
-            levels = held_out_loss(ema, held)
-            row |= {"loss": sum(losses) / len(losses)}
-            row |= {"held_loss": sum(levels.values()) / len(levels)}
-            row |= {f"held_t{level}": value for level, value in levels.items()}
+            row = {"step": step + 1, "epoch": epoch + 1, "lr": lr, "loss": mean.item()}
+            row |= held_out_loss(ema, held)
             history.append(row)
-            log(row)
-            with open(out / "metrics.csv", "w", newline="") as f:
-                table = csv.DictWriter(f, row)
-                table.writeheader()
-                table.writerows(history)
-            plot_history(history, out / "loss_curves.png")
-            g = rng("cpu", cfg.seed, 3)
-            xt = torch.randn(32, *ddpm.shape, generator=g).to(device)
-            rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
-            rows.append(held[:16].to(device) / 127.5 - 1)
-            if cfg.seq_len > 1:  # + video
-                say(tell_motion(rows[0], rows[2], ddpm.channels))  # + video
-                few = torch.cat([rows[0][:8], rows[1][:4], rows[2][:4]])  # + video
-                film = out / f"samples_epoch_{epoch + 1:03}.webp"  # + video
-                animate(few, ddpm.channels, film)  # + video
-                zoom = max(1, 64 // few.shape[-1])  # + video
-                rows[:] = [page(strips(few, ddpm.channels), 1, zoom)[None]]  # + video
-            save_grid(torch.cat(rows), out / f"samples_epoch_{epoch + 1:03}.png", 16)
-            losses, before, clock = [], step + 1, time.perf_counter()
-        if rank == 0 and (show or keep):
-            if not all(weight.isfinite().all() for weight in weights):
-                raise FloatingPointError(f"a weight is not finite at step {step + 1}")
-            config = asdict(replace(cfg, out="", resume="", quiet=False))
-            state = {"script": SCRIPT, "config": config, "shape": ddpm.shape}
+            save_grid(ema, ddpm, held, cfg, out / f"samples_epoch_{epoch + 1:03}.png")
+            bar.set_postfix(loss=row["loss"], held_loss=row["held_loss"])
+            if cfg.wandb:
+                log(row)
+            state = {"script": SCRIPT, "config": asdict(cfg), "shape": ddpm.shape}
             state |= {"net": ddpm.state_dict(), "ema": ema.state_dict()}
-            state |= {"opt": opt.state_dict(), "losses": losses, "history": history}
-            state |= {"step": step + 1}
-            if keep:
-                save_checkpoint(out / f"checkpoint_epoch_{epoch + 1:03}.pt", state)
-            save_checkpoint(out / "last.pt", state)
-    bar.close()
-    if history:
-        say(f"held-out loss {history[-1]['held_loss']:.4f}; pictures in {out}")
+            state |= {"opt": opt.state_dict(), "step": step + 1, "history": history}
+            save_run(out, epoch + 1, state)
     return ema
 
 
-def draw(cfg):
-    """Write --n-samples images of the checkpoint --sample, as PNG files and a grid."""
-    device, rank, world = join_processes()
-    ddpm = load(cfg.sample, cfg.ema).to(device)
-    ddpm.correlation = correlation_of(cfg)  # + video
-    ddpm.shape = (cfg.seq_len * ddpm.channels, *ddpm.shape[1:])  # + video
-    out = Path(cfg.out or next_free(Path(cfg.sample).parent / "samples")[0])
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
-    barrier()  # every process has looked at the folder; now it may be made
-    out.mkdir(parents=True, exist_ok=True)
-    mine = range(rank, cfg.n_samples, world)
-    bar = tqdm(total=cfg.n_samples, unit="img", disable=cfg.quiet or rank > 0)
-    clock = time.perf_counter()
-    for k in range(0, len(mine), cfg.batch):
-        ids = mine[k : k + cfg.batch]
-        noise = [rng("cpu", cfg.seed, i, 4) for i in ids]
-        xt = torch.stack([torch.randn(ddpm.shape, generator=g) for g in noise])
-        xt, g = xt.to(device), rng(device, cfg.seed, ids[0], 5)
-        x0 = ddpm.sample(xt.shape, cfg.sampling_steps, cfg.sampler, cfg.eta, g, xt)
-        x0 = strips(x0, ddpm.channels)  # a clip as one image  # + video
-        for i, image in zip(ids, ((x0 + 1) * 127.5).round().byte().cpu(), strict=True):
-            to_pil_image(image).save(out / f"{i:06}.png")
-        bar.update(min(world * len(ids), cfg.n_samples - bar.n))
-    bar.close()
-    barrier()
-    rate = cfg.n_samples / (time.perf_counter() - clock)
-    if rank == 0:
-        shown = range(min(cfg.n_samples, 400))
-        images = [pil_to_tensor(Image.open(out / f"{i:06}.png")) for i in shown]
-        nrow = math.ceil(len(images) ** 0.5)
-        save_grid(torch.stack(images) / 127.5 - 1, out / "grid.png", nrow)
-        if cfg.seq_len > 1:  # + video
-            frames = torch.stack(images).split(ddpm.shape[-1], dim=-1)  # + video
-            clips = torch.cat(frames, dim=1) / 127.5 - 1  # + video
-            animate(clips, ddpm.channels, out / "grid.webp")  # + video
-        if not cfg.quiet:
-            print(f"{cfg.n_samples} images in {out}, {rate:.1f} images/s")
-
-
 # ---- 6. Main -----------------------------------------------------------------------
-def parse(args):
-    """Return the Config of a command line, over that of its checkpoint or recipe."""
-    talk = os.environ.get("RANK", "0") == "0"
-    ask = partial(tyro.cli, Config, description=__doc__, console_outputs=talk)
-    cfg = ask(args=[a for a in args if a not in ("-h", "--help")], default=Config())
-    path = cfg.sample or find_run(cfg)[1]
-    default = read_checkpoint(path)["config"] if path else Config(data=cfg.data)
-    if any(arg.startswith("--epochs") for arg in args):
-        default = replace(default, steps=0)
-    return ask(args=args, default=default)
-
-
 def main():
     try:
-        cfg = parse(sys.argv[1:])
-        draw(cfg) if cfg.sample else train(cfg)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.stderr.write(f"{SCRIPT}.py: {error}\n")
+        cfg = tyro.cli(Config, description=__doc__)
+        if cfg.data != "digits":
+            recipe = Path(cfg.data, "recipe.json").expanduser()
+            if not recipe.exists():
+                raise ValueError(f"no {recipe}: `python prepare.py celeba` makes one")
+            recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
+            cfg = tyro.cli(Config, default=Config(**recipe))
+        train(cfg)
+    except (ValueError, OSError, ImportError) as error:
+        if int(os.environ.get("RANK", 0)) % int(os.environ.get("WORLD_SIZE", 1)) == 0:
+            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
