@@ -258,8 +258,10 @@ def solve(ddpm, xt, sampler, steps, eta=0.0, noise=None):
     noise(k): the fresh noise of step k, which ddpm wants, and ddim if eta > 0.
     """
     eta, older = 1.0 if sampler == "ddpm" else eta, None
-    n = steps // 2 + 1 if sampler == "heun" else steps  # its first steps call twice
-    times = torch.linspace(ddpm.T, 0, n + 1).round().long().to(xt.device)
+    n, first = steps, ddpm.T
+    if sampler == "heun":  # its first steps call twice; it cannot start at sigma 20,000
+        n, first = steps // 2 + 1, int((ddpm.alphabar > 4e-5).sum()) - 1  # sigma < 160
+    times = torch.linspace(first, 0, n + 1).round().long().to(xt.device)
     for k, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         ab, ab_s, last = ddpm.alphabar[t], ddpm.alphabar[s], k + 1 == n
         t, s = t.expand(len(xt)), s.expand(len(xt))
