@@ -77,7 +77,7 @@ class Config:
         if self.n_feat % 8 or self.T < 25 or self.ema_decay >= 1:
             raise ValueError("--n-feat is 8, 16 ..., --T 25 or more, --ema-decay < 1")
         e, n = self.stages, self.epochs_per_stage  # + curriculum
-        if len(e) != len(n) or min(e + n) < 0 or max(e) > 1:  # + curriculum
+        if len(e) != len(n) or min(n) <= 0 or min(e) < 0 or max(e) > 1:  # + curriculum
             raise ValueError("--stages are 0 to 1, each has its epochs")  # + curriculum
 
 
@@ -224,11 +224,11 @@ def stage_density(cfg, alphabar):
     edges, place = torch.tensor(cfg.stages)[:, None], torch.arange(1, cfg.T + 1) / cfg.T
     if cfg.stage_axis == "logsnr":  # beyond 10 and -10 there is no noise, or only noise
         place = 0.5 - alphabar[1:].cpu().logit().clamp(-10, 10) / 20
-    inside = place <= 1 - edges + 1e-6 if cfg.order == "reverse" else place >= edges
+    place = 1 - place if cfg.order == "reverse" else place
+    inside = place >= edges.clamp(max=place.max()) - 1e-6  # at least one t in a stage
     p = inside / inside.sum(1, keepdim=True)
     if cfg.order == "none":  # in every stage the average over the run
-        shares = torch.tensor(cfg.epochs_per_stage).float()
-        p[:] = shares @ p / shares.sum()
+        p[:] = torch.Tensor(cfg.epochs_per_stage) @ p / sum(cfg.epochs_per_stage)
     return p
 
 

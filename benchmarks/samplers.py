@@ -1,10 +1,10 @@
-"""How good are the digits for how many network calls?
+"""How good are the digits for how many network evaluations?
 
     python superminddpm.py
     python benchmarks/samplers.py runs/superminddpm-digits/last.pt
 
 Takes a checkpoint of any script, trained on digits. For each sampler and each number
-of network calls draws 360 digits, from the same noise for all, and scores them as
+of evaluations draws 360 digits, from the same noise for all, and scores them as
 benchmarks/quality.py does: their Frechet distance to the training digits over that of
 the real held-out ones (1 is as good as real), and a classifier's mean top probability.
 Three noise seeds; the table has their mean and half their range. Writes samplers.jsonl,
@@ -24,21 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality import score, train_judge
 
 import supersample
+from superguide import load_labels
 
 RESULTS = Path(__file__).parent / "results"
 CALLS = (5, 10, 20, 50, 100, 250, 1000)
-WAYS = {  # sampler, variance, spacing, clip; a line of the picture each
-    "ddpm, beta": ("ddpm", "beta", "trailing", True, "o:", "#D55E00"),
-    "ddpm, beta-tilde": ("ddpm", "beta-tilde", "trailing", True, "s:", "#E69F00"),
-    "ddim": ("ddim", "beta", "trailing", True, "o-", "#0072B2"),
-    "heun": ("heun", "beta", "trailing", True, "^-", "#009E73"),
-    "dpmpp": ("dpmpp", "beta", "trailing", True, "v-", "#CC79A7"),
-    "ddim, linear": ("ddim", "beta", "linear", True, "o-.", "#56B4E9"),
-    "ddim, quadratic": ("ddim", "beta", "quadratic", True, "o--", "#0072B2"),
-    "heun, quadratic": ("heun", "beta", "quadratic", True, "^--", "#009E73"),
-    "dpmpp, quadratic": ("dpmpp", "beta", "quadratic", True, "v--", "#CC79A7"),
-    "ddpm, beta, no clip": ("ddpm", "beta", "trailing", False, "x:", "#D55E00"),
-    "ddim, no clip": ("ddim", "beta", "trailing", False, "x-", "#0072B2"),
+WAYS = {  # sampler, eta, and a line of the picture
+    "ddpm": ("ddpm", 1.0, "s:", "#E69F00"),
+    "ddim": ("ddim", 0.0, "o-", "#0072B2"),
+    "ddim, eta 0.5": ("ddim", 0.5, "o--", "#56B4E9"),
+    "heun": ("heun", 0.0, "^-", "#009E73"),
+    "dpmpp": ("dpmpp", 0.0, "v-", "#CC79A7"),
 }
 SCORES = {
     "frechet": "Frechet distance / floor",
@@ -78,7 +73,7 @@ def picture(rows, path):
         low, high = [*map(min, runs)], [*map(max, runs)]
         axes.fill_between(calls, low, high, color=color, alpha=0.15)
     axes.axhline(1, color="grey", lw=1)
-    axes.set(xscale="log", yscale="log", xlabel="network calls")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations")
     axes.set_xticks(CALLS, CALLS)
     axes.set_yticks((1, 2, 5, 10), (1, 2, 5, 10))
     axes.minorticks_off()
@@ -87,30 +82,43 @@ def picture(rows, path):
     figure.savefig(path, dpi=110)
 
 
-def main(path: tyro.conf.Positional[str], seeds: int = 3):
-    ddpm = supersample.load(path)
-    images, labels, held, held_labels = supersample.load_images(supersample.Config())
-    images, held = images / 127.5 - 1, held / 127.5 - 1
+def main(
+    path: tyro.conf.Positional[str],
+    seeds: int = 3,
+    calls: tuple[int, ...] = CALLS,
+    out: Path = RESULTS,
+):
+    _, ddpm = supersample.open_model(path, ema=True)
+    cfg = supersample.Config()
+    images, held = (x / 127.5 - 1 for x in supersample.load_images(cfg))
+    labels, held_labels = load_labels(cfg)
     judge, rows = train_judge(images, labels), []
-    for seed, calls, name in itertools.product(range(seeds), CALLS, WAYS):
-        sampler, ddpm.variance, ddpm.spacing, ddpm.clip, *_ = WAYS[name]
-        if calls == 1000 and ddpm.spacing != "trailing":
-            continue  # T calls leave no choice
+    for seed, n, name in itertools.product(range(seeds), calls, WAYS):
+        sampler, eta, *_ = WAYS[name]
         g = torch.Generator().manual_seed(seed)
-        drawn = ddpm.sample((360, *ddpm.shape), calls, sampler, generator=g)
+        xt = torch.randn(360, *ddpm.shape, generator=g)
+
+        def noise(k, g=g, shape=xt.shape):
+            return torch.randn(shape, generator=g)
+
+        with torch.no_grad():
+            drawn = supersample.solve(ddpm, xt, sampler, n, eta, noise)
         drawn = ((drawn + 1) * 127.5).round() / 127.5 - 1
         found = score(drawn, images, held, held_labels, judge)
-        row = {"way": name, "calls": calls, "seed": seed}
-        rows.append(row | {key: round(found[SCORES[key]], 4) for key in SCORES})
+        row = {"way": name, "calls": n, "seed": seed}
+        rows.append(row | {key: round(float(found[SCORES[key]]), 4) for key in SCORES})
     lines = [f"python benchmarks/samplers.py {path}, {seeds} seeds of noise"]
     for key in SCORES:
         lines += ["", *table(rows, key)]
     text = "\n".join(json.dumps(row) for row in rows)
-    (RESULTS / "samplers.jsonl").write_text(text + "\n")
-    (RESULTS / "samplers.txt").write_text("\n".join(lines) + "\n")
-    picture(rows, RESULTS / "samplers.png")
+    (out / "samplers.jsonl").write_text(text + "\n")
+    (out / "samplers.txt").write_text("\n".join(lines) + "\n")
+    picture(rows, out / "samplers.png")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f"samplers.py: {error}")
