@@ -1,4 +1,4 @@
-"""What the notebooks share to show things: style, strips, bands, players, checks.
+"""What the notebooks share to show things: style, strips, curves, players, checks.
 
 Whatever shows something returns None, so that a cell may end in it. A player holds all
 its frames in the page: moving its slider asks neither the kernel nor the network.
@@ -91,6 +91,45 @@ def band(ax, x, y, label, **options):
     ax.fill_between(
         x, y.amin(0), y.amax(0), color=line.get_color(), alpha=0.2, linewidth=0
     )
+
+
+def plot_mask(birth_stage, birth_step, step):
+    """Show when each channel was active in a run of step steps, the first-born below.
+
+    birth_stage, birth_step: (C,) ints, the stage and the step in which a channel was
+    born; stage -1: it was not.
+    """
+    stages, births = (torch.as_tensor(x).cpu() for x in (birth_stage, birth_step))
+    last = int(stages.max())
+    order = torch.where(stages < 0, last + 1, stages).argsort(stable=True)
+    figure, ax = plt.subplots()
+    for stage in [*range(last + 1), -1]:
+        rows = (stages[order] == stage).nonzero().flatten()
+        if len(rows):
+            start = births[order][rows].clamp(min=0) if stage >= 0 else step
+            born, color = "not born", "#dddddd"
+            if stage >= 0:
+                color = plt.colormaps["cividis"](stage / max(last, 1))
+                born = f"born in stage {stage}"
+            name = f"{born}: {len(rows)}"
+            ax.barh(rows, step - start, left=start, color=color, label=name)
+    ax.set(xlabel="step", ylabel="channel, by birth", xlim=(0, step))
+    figure.legend(loc="outside right")
+    plt.show()
+
+
+def plot_norms(norms):
+    """Show the norms of the filters, {layer: (filters,)}, sorted, a curve for each."""
+    figure, ax = plt.subplots(figsize=(9, 4.5))
+    for k, (layer, own) in enumerate(norms.items()):
+        own = torch.as_tensor(own).detach().cpu().sort().values
+        color, line = plt.colormaps["cividis"](k / len(norms)), ("-", "--", ":")[k % 3]
+        share = torch.linspace(0, 1, len(own))
+        ax.plot(share, own, color=color, linestyle=line, label=layer)
+    ax.set(xlabel="share of a layer's filters, sorted", ylabel="norm of a filter")
+    ax.set_ylim(0)
+    figure.legend(loc="outside right", fontsize=9)
+    plt.show()
 
 
 def to_picture(frame):
