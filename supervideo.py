@@ -69,7 +69,7 @@ class Config:
     resume: bool = False  # go on with the run in that folder, or begin it
     wandb: bool = False  # log to Weights & Biases as well
     quiet: bool = False  # no progress bar and no messages
-    epochs: int = 9  # + video
+    epochs: int = 8  # + video
     batch: int = 8  # + video
     seq_len: int = 8  # + video
     """frames of a clip (1: images, as in superminddpm.py)"""  # + video

@@ -1,8 +1,10 @@
 """benchmarks/compare.py: fair pairs, resumable, verdicts by the stated rule."""
 
 import csv
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ from scipy.stats import ttest_rel
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare
 import measures
+import reg_cost
+import story
 
+import supercurriculum
 import superminddpm
+import supersparse
 
-SHORT = "--n-feat 8 --steps 30 --seeds 2 --decay True --arms base curriculum"
-DRAW = f"{SHORT} --n-samples 24"
+SHORT = "--name mine --n-feat 8 --steps 16 --seeds 2 --arms base curriculum"
+DRAW = f"{SHORT} --n-samples 16"
 
 
 def call(folder, line):
@@ -25,13 +31,15 @@ def call(folder, line):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "ROOT", folder)
         patch.setattr(measures, "STEPS", 20)  # a worse net, but soon trained
+        for script in (superminddpm, supercurriculum):
+            patch.setattr(script, "save_grid", lambda *_: None)
         patch.chdir(folder)
         (folder / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
         return command_line(compare, line)
 
 
 def results(folder):
-    return compare.read(folder / "benchmarks" / "results" / "compare-digits.jsonl")
+    return compare.read(folder / "benchmarks" / "results" / "compare-mine.jsonl")
 
 
 def runs(folder):
@@ -50,14 +58,15 @@ def whole(tmp_path_factory):
 
 
 def test_every_run_has_its_line_and_a_second_call_adds_none(whole):
-    assert len(runs(whole)) == 4
+    assert len(runs(whole)) == 4 and all(x["decay"] for x in runs(whole).values())
     before = results(whole)
     assert call(whole, DRAW) == 0
     assert results(whole) == before
 
 
-def test_base_is_what_the_script_itself_trains(whole):
-    options = "--n-feat 8 --steps 30 --seed 1 --sample-every 1000 --quiet --out run"
+def test_base_is_what_the_script_itself_trains(whole, monkeypatch):
+    monkeypatch.setattr(superminddpm, "save_grid", lambda *_: None)
+    options = "--n-feat 8 --steps 16 --seed 1 --every 1000 --quiet --out run"
     assert command_line(superminddpm, options) == 0
     with open("run/metrics.csv") as f:
         last = list(csv.DictReader(f))[-1]
@@ -84,20 +93,45 @@ def test_a_killed_comparison_goes_on_and_ends_alike(whole, tmp_path):
 
 
 def test_pictures_are_measured_and_kept(whole):
-    lines, kept = (
-        results(whole),
-        np.load(whole / "benchmarks" / "results" / "compare-digits.npz"),
-    )
+    file = whole / "benchmarks" / "results" / "compare-mine.npz"
+    lines, kept = results(whole), np.load(file)
     floor = next(line["floor"] for line in lines if "floor" in line)
     for line in runs(whole).values():
         assert floor["frechet pca"] < line["frechet pca"] != line["raw frechet pca"]
-    assert kept["base 30"].shape == (16, 1, 8, 8)
-    assert kept["curriculum 30 stages"].shape[1:] == (8, 1, 8, 8)
-    assert (kept["base 30"] != kept["curriculum 30"]).any()
+    assert kept["base 16"].shape == (16, 1, 8, 8)
+    assert kept["curriculum 16 stages"].shape == (2, 8, 1, 8, 8)
+    assert (kept["base 16"] != kept["curriculum 16"]).any()
+
+
+def test_the_stages_of_a_run_are_read_from_its_folder(whole):
+    """Of 11 steps an epoch; four stages end in the first, so only the last has one."""
+    told = story.stages(supercurriculum, whole / "runs/compare/mine-curriculum-0-16")
+    starts, ends, lows, paths = zip(*told, strict=True)
+    assert starts == (0, 1, 3, 6, 10) and ends == (1, 3, 6, 10, 16)
+    assert lows == (800, 600, 400, 200, 1)
+    names = [path and path.name for path in paths]
+    assert names == [
+        None,
+        None,
+        None,
+        "checkpoint_epoch_001.pt",
+        "checkpoint_epoch_002.pt",
+    ]
 
 
 def test_another_protocol_gets_a_file_of_its_own(whole):
+    before = results(whole)
     assert "--name gives" in call(whole, f"{SHORT} --batch 32")
+    assert results(whole) == before
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "faces16"])
+def test_stored_results_are_not_mixed_with_new_runs(name):
+    shutil.copy(ROOT / "benchmarks" / "results" / f"compare-{name}.jsonl", "stored")
+    before = Path("stored").read_text()
+    with pytest.raises(ValueError, match="untrained.*--name gives"):
+        compare.agree(compare.Options(name=name), Path("stored"))
+    assert Path("stored").read_text() == before
 
 
 def test_verdicts_are_those_of_the_paired_t_test():
@@ -117,52 +151,50 @@ def lines(**seconds):
     """Return made-up lines of three arms with these times, three seeds each."""
     loss = {"base": 1.0, "reverse": 0.9, "shuffled": 1.1}
     return [
-        {"arm": arm, "seed": seed, "decay": True, "steps": 100, "equal": "images"}
-        | {"held_loss": loss[arm] + seed / 100, "step": 100, "train_seconds": time}
+        {"arm": arm, "seed": seed, "decay": True, "steps": 100, "step": 100}
+        | {"held_loss": loss[arm] + seed / 100, "train_seconds": time}
         for arm, times in seconds.items()
         for seed, time in enumerate(times)
     ]
 
 
-def test_at_equal_time_an_arm_that_costs_more_gets_fewer_steps():
-    known = lines(base=[10, 20, 40], reverse=[12.5, 25, 90], shuffled=[10.1, 20.2, 40])
-    options = compare.Options(steps=100, equal="time")
-    key = {"seed": 0, "decay": True, "steps": 100, "equal": "time"}
-    assert compare.plan(options, known, {"arm": "reverse", **key}) == 80
-    assert compare.plan(options, known, {"arm": "shuffled", **key}) is None  # 1 % more
-    own = known[3] | {"equal": "time", "held_loss": 2.0, "step": 80}
-    assert compare.plan(options, [*known, own], {"arm": "reverse", **key}) is None
-    at_time = compare.pick([*known, own], 100, True, "time")
-    assert at_time["reverse"][0]["held_loss"] == 2.0
-    assert at_time["shuffled"] == compare.pick(known, 100, True)["shuffled"]
-    for line in known:
-        line["train_seconds"] = None
-    with pytest.raises(ValueError, match="--equal images first"):
-        compare.plan(options, known, {"arm": "reverse", **key})
-
-
 def test_a_table_says_what_its_lines_say():
-    known = lines(base=[1, 1, 1], reverse=[2, 2, 2], shuffled=[1, 1, 1])
-    text = compare.table(known, 100, True)
+    known = lines(base=[1, 2, 3], reverse=[2, 4, 9], shuffled=[1, 2, None])
+    text = compare.table(known, 100)
     said = ("reverse", 0.91, -0.1, "better"), ("shuffled", 1.11, 0.1, "worse")
     for arm, mean, d, word in said:
         row = next(row for row in text.splitlines() if row.startswith(f"{arm} "))
         assert f"{mean:.4f}" in row and f"{d:+.4f}" in row and row.endswith(word)
-
-
-def test_stored_results_say_how_they_were_made():
-    """So that the same command goes on with them and another one is refused."""
-    for path in (ROOT / "benchmarks" / "results").glob("compare-*.jsonl"):
-        (protocol,) = [x["protocol"] for x in compare.read(path) if "protocol" in x]
-        assert protocol.keys() == {"data", "device", *compare.FIXED}, path
+    costs = [row.split() for row in text.split("over that of base; steps")[1:]]
+    assert costs == ["base 1.00 100 reverse 2.00 100 shuffled 1.00 100".split()]
+    for other in ({"decay": False}, {"steps": 50}, {"equal": "time"}):
+        apart = [{**line, "held_loss": 7.0, **other} for line in known]
+        assert compare.table(known + apart, 100) == text
 
 
 def test_every_arm_is_a_script_with_options_that_fit():
-    options = compare.Options()
-    for arm in compare.ARMS:
-        key = {"arm": arm, "seed": 3, "decay": False, "steps": 7, "equal": "images"}
-        module, cfg = compare.configure(options, key, 7)
-        assert (cfg.seed, cfg.lr_decay, cfg.steps) == (3, False, 7)
-        own = {name: getattr(cfg, name) for name in compare.ARMS[arm][1]}
-        assert own == compare.ARMS[arm][1]
-        assert compare.ARMS[arm][0] == module.SCRIPT
+    for arm, (script, own) in compare.ARMS.items():
+        key = {"arm": arm, "seed": 3, "steps": 7}
+        module, cfg = compare.configure(compare.Options(), key)
+        assert (module.SCRIPT, cfg.seed, cfg.steps) == (script, 3, 7)
+        assert {name: getattr(cfg, name) for name in own} == own
+
+
+def test_a_prepared_folder_brings_its_recipe(tiny):
+    key = {"arm": "curriculum", "seed": 0, "steps": 0}
+    _, cfg = compare.configure(compare.Options(data=tiny, batch=16), key)
+    assert (cfg.data, cfg.n_feat, cfg.epochs, cfg.batch) == (tiny, 8, 2, 16)
+    assert Path(cfg.out).name == "tiny-curriculum-0-0"
+    with pytest.raises(ValueError, match=r"recipe.json: `python prepare.py"):
+        compare.configure(compare.Options(data="nowhere"), key)
+
+
+@pytest.mark.slow
+def test_the_story_and_the_cost_of_reg_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(supersparse, "save_grid", lambda *_: None)
+    assert command_line(supersparse, "--n-feat 8 --steps 30 --quiet --out run") == 0
+    story.main(Path("run"))
+    assert Path("run/story.png").stat().st_size > 20_000
+    reg_cost.main(turns=1)
+    out = capsys.readouterr().out
+    assert "story.png" in out and "100.00%" in out

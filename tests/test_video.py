@@ -1,238 +1,159 @@
-"""Clips, noise that frames share, the penalty, the temporal layers, what is written."""
+"""Clips, noise that frames share, the penalty, the layers that mix frames, the film."""
 
-import csv
+import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import command_line, state
 from PIL import Image
-from test_train import state
 
 import supervideo
 from supervideo import (
     Config,
-    InTime,
-    animate,
-    bounce,
+    MixFrames,
     build,
     correlate,
-    displacement,
-    flicker,
+    load,
+    load_clips,
     load_images,
     rng,
     set_moving,
-    strips,
     train,
 )
 
-TINY = {"n_feat": 8, "n_train": 40, "batch": 4, "seq_len": 3, "canvas": 12, "speed": 2}
-TINY |= {"quiet": True, "sample_every": 100, "save_every": 100}
-
-
-def model(channels=1, awake=True, **options):
-    """Return an untrained DDPM for clips; awake: no layer is 0 any more."""
-    torch.manual_seed(0)
-    cfg = Config(**{"n_feat": 8, "seq_len": 4, **options})
-    ddpm = build(cfg, (cfg.seq_len * channels, 12, 12)).eval()
-    for name, weight in ddpm.net.named_parameters():
-        if awake and name.split(".")[-2] == "out":
-            torch.nn.init.normal_(weight, std=0.3)
-    return ddpm
+TINY = {"n_feat": 8, "batch": 4, "seq_len": 4, "every": 1000, "quiet": True}
+APART = (torch.arange(4)[:, None] - torch.arange(4)).abs().double()
 
 
 def normal(*shape, seed=1):
     return torch.randn(*shape, generator=rng("cpu", seed))
 
 
-# ---- generated clips ---------------------------------------------------------------
+def model(channels=1, **options):
+    """Return an untrained DDPM for clips of 4 frames; none of its layers is 0."""
+    torch.manual_seed(0)
+    cfg = Config(**{"n_feat": 8, "seq_len": 4, **options})
+    ddpm = build(cfg, (cfg.seq_len * channels, 8, 8)).eval()
+    for name, weight in ddpm.named_parameters():
+        if "mix" in name or "net.out" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return ddpm.requires_grad_(False)
 
 
-def test_points_bounce_as_a_ball_does_step_by_step():
-    at = bounce(400, 30, 5, 2, rng("cpu", 1))
-    assert at.shape == (400, 30, 2) and at.min() == 0 and at.max() == 5
-    seen = set()
-    for path in at.reshape(400, 30, 2).movedim(-1, 1).reshape(800, 30).tolist():
-        fits = []
-        for v in range(-2, 3):
-            p, way, speed = path[0], [path[0]], v
-            for _ in range(29):
-                p += speed
-                if p < 0 or p > 5:
-                    p = -p if p < 0 else 10 - p
-                    speed = -speed
-                elif p in (0, 5) and speed and p - speed not in (0, 5):
-                    pass
-                way.append(p)
-                if p == 0 and speed < 0 or p == 5 and speed > 0:
-                    speed = -speed
-            fits += [v] if way == path else []
-        assert fits, path
-        seen |= set(fits)
-    assert seen == {-2, -1, 0, 1, 2}
-    moves = at.diff(dim=1).abs().sum((1, 2))
-    assert moves.min() > 0  # nobody stands still
-    assert torch.equal(at, bounce(400, 30, 5, 2, rng("cpu", 1)))
+@pytest.fixture
+def clips():
+    """Make a folder of 12 + 5 clips (8 frames, RGB) that know who they are; its name.
+
+    Pixels are 20 clip + frame in red, and 1 and 2 more in green and blue; the motion
+    from a frame to the next is 100 clip + frame.
+    """
+    Path("films").mkdir()
+    for part, n in {"train": 12, "held": 5}.items():
+        who = np.add.outer(20 * np.arange(n), np.arange(8))
+        pixels = np.add.outer(who, np.arange(3)).astype(np.uint8)[..., None, None]
+        np.save(f"films/{part}.npy", np.broadcast_to(pixels, (n, 8, 3, 8, 8)))
+        motion = np.add.outer(100 * np.arange(n), np.arange(7.0))
+        np.save(f"films/{part}_motion.npy", motion.astype(np.float32))
+    recipe = {"n_feat": 8, "epochs": 1, "batch": 4, "lr": 1e-3, "every": 1}
+    Path("films/recipe.json").write_text(json.dumps({**recipe, "ema_decay": 0.9}))
+    return "films"
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_each_frame_is_the_image_pasted_where_the_point_is(channels):
-    cfg = Config(seq_len=5, canvas=16, speed=2)
+# ---- clips ---------------------------------------------------------------------------
+
+
+def reflect(start, v, frames, room):
+    """Return the places of a ball that goes by steps of 1 and turns at 0 and room."""
+    way, p = [start], start
+    for _ in range(frames - 1):
+        for _ in range(abs(v)):
+            v = -v if not 0 <= p + (v > 0) - (v < 0) <= room else v
+            p += (v > 0) - (v < 0)
+        way.append(p)
+    return way
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16)])
+def test_clips_are_images_that_bounce_and_their_motion_is_true(shape):
+    side, room, speed = shape[-1], shape[-1] // 2, shape[-1] // 8
     g = rng("cpu", 2)
-    images = torch.randint(0, 256, (40, channels, 8, 8), generator=g, dtype=torch.uint8)
-    clips, motion = set_moving(images, cfg, rng("cpu", 3))
-    at = bounce(40, 5, 8, 2, rng("cpu", 3)).tolist()
-    assert clips.shape == (40, 5 * channels, 16, 16) and clips.dtype == torch.uint8
-    for i in range(40):
-        for f, (y, x) in enumerate(at[i]):
-            frame = np.zeros((channels, 16, 16), np.uint8)
-            frame[:, y : y + 8, x : x + 8] = images[i]
-            own = clips[i, f * channels : (f + 1) * channels]
-            assert np.array_equal(frame, own)
-            if f:
-                y0, x0 = at[i][f - 1]
-                assert motion[i, f - 1] == pytest.approx(np.hypot(y - y0, x - x0))
+    images = torch.randint(1, 256, (200, *shape), generator=g, dtype=torch.uint8)
+    moving, motion = set_moving(images, 9, g)
+    assert moving.shape == (200, 9 * shape[0], side + room, side + room)
+    assert moving.dtype == torch.uint8 and motion.shape == (200, 8)
+    starts, speeds = set(), set()
+    for i, clip in enumerate(moving.unflatten(1, (9, -1))):
+        places = []
+        for frame in clip:
+            y, x = (int(frame.any(0).any(axis).float().argmax()) for axis in (1, 0))
+            assert torch.equal(frame[:, y : y + side, x : x + side], images[i])
+            assert frame.count_nonzero() == images[i].numel()  # the rest is black
+            places.append((y, x))
+        moves = torch.tensor(places).diff(dim=0).float().norm(dim=1)
+        assert torch.equal(moves, motion[i]) and moves.max() > 0
+        for way in zip(*places, strict=True):
+            ways = [
+                v for v in (0, speed, -speed) if [*way] == reflect(way[0], v, 9, room)
+            ]
+            assert ways, way
+            speeds |= set(ways)
+        starts.add(places[0])
+    assert speeds == {0, speed, -speed} and len(starts) > room**2
 
 
-def test_the_motion_of_real_clips_is_measured_exactly():
-    """The generator knows the truth; so does numpy's roll, for any picture."""
-    clips, motion, held, _ = load_images(Config(n_train=200, speed=2))
-    assert clips.shape == (200, 8, 12, 12) and held.shape == (128, 8, 12, 12)
-    shift, match = displacement(clips / 127.5 - 1, 1)
-    assert torch.equal(shift.float().norm(dim=-1), motion)
-    torch.testing.assert_close(match, torch.ones(200, 7))
-    for dy, dx in [(0, 0), (3, -2), (-7, 6), (1, 8)]:
-        first = normal(1, 3, 16, 16).sigmoid().numpy()
-        clip = np.concatenate([first, np.roll(first, (dy, dx), (2, 3))], axis=1)
-        shift, match = displacement(torch.tensor(clip) * 2 - 1, 3)
-        assert [(d + 8) % 16 for d in shift[0, 0].tolist()] == [
-            (dy + 8) % 16,
-            (dx + 8) % 16,
-        ]
-        assert match.item() == pytest.approx(1, abs=1e-4)
-    _, match = displacement(normal(1, 2, 16, 16).sigmoid() * 2 - 1, 1)
-    assert match < 0.95  # two pictures that have nothing to do with one another
+def test_the_default_clips_are_the_digits_and_the_same_for_all_seeds():
+    images, held = load_images(Config())
+    again, other = load_images(Config(seed=5))
+    assert torch.equal(images, again) and torch.equal(held, other)
+    assert images.shape == (1438, 8, 12, 12) and held.shape == (128, 8, 12, 12)
+    still, still_held = load_images(Config(seq_len=1))
+    for x, source in ((images, still), (held, still_held[:128])):
+        assert torch.equal(x.sum((2, 3)), source.sum((2, 3)).expand(-1, 8))
+    short = load_images(Config(seq_len=3))[0]
+    assert torch.equal(short, images[:, :3])
 
 
-def test_clips_follow_from_the_seed_and_held_ones_never_change():
-    one, again, two = (load_images(Config(n_train=30, seed=k)) for k in (0, 0, 1))
-    assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
-    assert not torch.equal(one[0], two[0])
-    assert torch.equal(one[2], two[2]) and torch.equal(one[3], two[3])
+def test_images_of_a_folder_are_set_moving_too(tiny):
+    images, held, motion = load_clips(Config(tiny, seq_len=3))
+    assert images.shape == (160, 3, 12, 12) and held.shape == (40, 3, 12, 12)
+    assert motion.shape == (160, 2) and motion.min() >= 0 < motion.max()
 
 
-# ---- clips from files --------------------------------------------------------------
+@pytest.mark.parametrize("length", [2, 4, 8])
+def test_stored_clips_are_cut_in_order_and_keep_their_motion(
+    monkeypatch, clips, length
+):
+    cfg = Config(clips, seq_len=length, flow_weight=True)
+    images, held, motion = load_clips(cfg)
+    for x, n in ((images, 12), (held, 5)):
+        assert x.shape == (n * 8 // length, length * 3, 8, 8)
+        red = x[:, ::3, 0, 0].long()
+        starts = [20 * i + f for i in range(n) for f in range(0, 8, length)]
+        assert red[:, 0].tolist() == starts
+        assert (red.diff(dim=1) == 1).all() and torch.equal(x[:, 2::3], x[:, ::3] + 2)
+    i, f = images[:, 0, 0, 0].long() // 20, images[:, 0, 0, 0].long() % 20
+    want = (100 * i + f)[:, None] + torch.arange(length - 1)
+    assert torch.equal(motion, want.float())
+    assert torch.equal(images, load_images(cfg)[0])
 
-
-def numbered(n=10, frames=7, size=8, channels=()):
-    """Return clips (n, frames, size, size) whose pixels tell clip and frame."""
-    value = 20 * np.arange(n)[:, None] + np.arange(frames)
-    shape = (n, frames, size, size, *channels)
-    return np.broadcast_to(
-        value.reshape(n, frames, *[1] * (len(shape) - 2)), shape
-    ).astype(np.uint8)
-
-
-def write_folders(root, clips):
-    for i, clip in enumerate(clips):
-        folder = Path(root, "nested", f"clip{i:02}")
-        folder.mkdir(parents=True)
-        for f, frame in enumerate(clip):
-            Image.fromarray(frame).save(folder / f"{f:03}.png")
-    return root
-
-
-@pytest.mark.parametrize("data", ["npz", "frames"])
-@pytest.mark.parametrize("channels", [(), (3,)])
-def test_clips_from_files_are_cut_in_order_and_held_out_whole(data, channels):
-    clips = numbered(channels=channels)
-    if channels:
-        clips = clips.copy()
-        clips[..., 1] += 1  # not grey
-    name = "moving.npz" if data == "npz" else "films"
-    np.savez(name, clips=clips) if data == "npz" else write_folders(name, clips)
-    cfg = Config(data=data, data_dir=name, image_size=8, seq_len=3, quiet=True)
-    images, motion, held, held_motion = load_images(cfg)
-    c = 3 if channels else 1
-    assert images.shape == (16, 3 * c, 8, 8) and held.shape == (4, 3 * c, 8, 8)
-    assert motion is held_motion is None
-    found = []
-    for part in (images, held):
-        for clip in part[:, ::c, 0, 0].tolist():  # red
-            i, f = divmod(clip[0], 20)
-            assert clip == [20 * i + f, 20 * i + f + 1, 20 * i + f + 2] and f in (0, 3)
-            found.append((i, f))
-    assert sorted(found) == [(i, f) for i in range(10) for f in (0, 3)]
-    assert not {i for i, _ in found[:16]} & {i for i, _ in found[16:]}
-    if channels:
-        assert torch.equal(images[:, 1::3], images[:, ::3] + 1)
-
-
-@pytest.mark.parametrize("data", ["npz", "frames"])
-@pytest.mark.parametrize("pixels", [(), (4, 4)])
-def test_motion_from_files_stays_with_its_clip(data, pixels):
-    """Motion here: 100 clip + frame + 1; if it stands for pixels, the mean counts."""
-    name = "moving.npz" if data == "npz" else "films"
-    clips = numbered()
-    np.savez(name, clips) if data == "npz" else write_folders(name, clips)
-    Path("motion").mkdir()
-    for i in range(10):
-        motion = (100 * i + np.arange(6.0) + 1).reshape(6, *[1] * len(pixels))
-        motion = np.broadcast_to(motion, (6, *pixels)).copy()
-        if pixels:
-            motion[:, 0] += 1
-            motion[:, 1] -= 1
-        key = f"{i:06}" if data == "npz" else f"clip{i:02}"
-        np.save(f"motion/{key}.npy", motion)
-    options = {"data": data, "data_dir": name, "image_size": 8, "seq_len": 3}
-    cfg = Config(**options, flow_weight=True, motion_dir="motion", quiet=True)
-    images, motion, held, held_motion = load_images(cfg)
-    for x, own in ((images, motion), (held, held_motion)):
-        i, f = x[:, 0, 0, 0].long() // 20, x[:, 0, 0, 0].long() % 20
-        want = torch.stack([100 * i + f + 1, 100 * i + f + 2], dim=1).float()
-        assert own.shape == (len(x), 2)
-        torch.testing.assert_close(own, want)
-
-
-def test_files_that_do_not_fit_are_refused_in_a_line():
-    np.savez("short.npz", clips=numbered(frames=2))
-    np.savez("floats.npz", clips=numbered() / 255)
-    np.savez("good.npz", clips=numbered())
-    Path("foreign.npz").write_text("no zip")
-    npz = {"data": "npz", "image_size": 8, "seq_len": 3, "quiet": True}
-    for file in ("none.npz", "foreign.npz"):
-        with pytest.raises(FileNotFoundError, match="wants --data-dir FILE.npz"):
-            load_images(Config(**npz, data_dir=file))
-    with pytest.raises(ValueError, match="floats.npz holds float64"):
-        load_images(Config(**npz, data_dir="floats.npz"))
-    with pytest.raises(ValueError, match="5 or more clips of 3 frames"):
-        load_images(Config(**npz, data_dir="short.npz"))
-    with pytest.raises(ValueError, match="5 or more clips"):
-        load_images(Config(**{**npz, "data": "frames"}, data_dir="nowhere"))
-    moving = {**npz, "data_dir": "good.npz", "flow_weight": True}
-    with pytest.raises(FileNotFoundError, match="there is no array m/0000"):
-        load_images(Config(**moving, motion_dir="m"))
-    Path("m").mkdir()
-    for i in range(10):
-        np.save(f"m/{i:06}.npy", np.ones(5))
-    with pytest.raises(ValueError, match="wants 6 rows >= 0 for 7 frames"):
-        load_images(Config(**moving, motion_dir="m"))
+    stored = load_images(Config(clips, seq_len=1))
+    monkeypatch.setattr(supervideo, "load_images", lambda cfg: stored)
+    for x, y in zip(load_clips(cfg)[:2], stored, strict=True):
+        assert x.data_ptr() == y.data_ptr()  # mapped from the file, not copied
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"seq_len": 0}, "--seq-len is 1"),
-        ({"correlation": 1.5}, "--correlation is 0 to 1"),
-        ({"canvas": 8}, "--canvas is a multiple of 4 above --image-size"),
-        ({"canvas": 18}, "--canvas is a multiple of 4"),
-        ({"speed": 0}, "--speed is 1 or more"),
-        ({"data": "npz", "seq_len": 1}, "wants --seq-len 2 or more"),
-        ({"data": "frames", "flow_weight": True}, "wants --motion-dir"),
-        ({"motion_dir": "m"}, "--motion-dir is for"),
-        ({"data": "npz", "motion_dir": "m"}, "--motion-dir is for"),
-        ({"data": "frames", "skip_bad_images": True}, "no neighbours"),
-        ({"noise": "mixed", "reg_weight": -1.0}, "--reg-weight cannot be"),
+        ({"seq_len": 0}, "--seq-len 1 ..."),
+        ({"seq_len": 1, "flow_weight": True}, "--seq-len 2 ..."),
+        ({"correlation": 1.5}, "--correlation 0 to 1"),
+        ({"correlation": -0.1}, "--correlation cannot be -0.1"),
+        ({"reg_weight": -1.0}, "--reg-weight cannot be -1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, says):
@@ -240,159 +161,170 @@ def test_options_that_do_not_fit_are_refused(options, says):
         Config(**options)
 
 
-# ---- noise -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--data films --seq-len 16", "--seq-len does not divide 8 frames"),
+        ("--data films --seq-len 3", "--seq-len does not divide 8 frames"),
+        ("--data films --seq-len 1", "films holds clips: --seq-len is 2 or more"),
+        ("--data bare --flow-weight", "bare/train_motion.npy"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_in_a_line(clips, capsys, line, says):
+    Path("bare").mkdir()
+    for name in ("train.npy", "held.npy", "recipe.json"):
+        Path("bare", name).write_bytes(Path("films", name).read_bytes())
+    assert command_line(supervideo, f"{line} --out run") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and says in said and not Path("run").exists()
+
+
+# ---- noise ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9, 1.0])
-def test_noise_is_normal_in_each_frame_and_correlated_as_asked(rho):
-    eps = correlate(normal(20000, 4 * 2, 2, 2), 2, rho)
-    x = eps.unflatten(1, (4, 2)).movedim(1, -1).flatten(0, -2).double()  # (n, F)
-    apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
-    torch.testing.assert_close(x.T.cov(), rho ** apart.double(), atol=0.02, rtol=0)
-    kurtosis = (x**4).mean(0) / (x**2).mean(0) ** 2
-    torch.testing.assert_close(kurtosis, torch.full_like(kurtosis, 3), atol=0.1, rtol=0)
-    own = normal(20000, 4 * 2, 2, 2)
+def test_each_frame_is_normal_and_frames_k_apart_correlate_by_rho_to_the_k(rho):
+    own = normal(10000, 4 * 2, 2, 2)
+    eps = correlate(own, 2, rho)
+    x = eps.unflatten(1, (4, 2)).transpose(0, 1).flatten(1).double()  # (F, n)
+    torch.testing.assert_close(x.cov(), rho**APART, atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        (x**4).mean(1), torch.full((4,), 3.0).double(), rtol=0.05, atol=0
+    )
     assert torch.equal(eps[:, :2], own[:, :2])
-    if rho == 1:  # one eps for all frames, to the bit
-        assert all(torch.equal(frame, own[:, :2]) for frame in eps.split(2, dim=1))
     if rho == 0:
         assert torch.equal(eps, own)
+    if rho == 1:
+        assert torch.equal(eps, own[:, :2].repeat(1, 4, 1, 1))
 
 
 @pytest.mark.parametrize(
     ("noise", "rho"), [("shared", 1), ("mixed", 0.7), ("independent", 0)]
 )
-def test_training_and_sampling_use_the_noise_that_is_asked(noise, rho):
-    """With x_0 = 0 the net sees sqrt(1 - abar) eps; and the samplers' x_T and z."""
-    ddpm = model(noise=noise, correlation=0.7)
-    seen = []
-    ddpm.net.forward = lambda xt, t: seen.append(xt) or torch.zeros_like(xt)
-    ddpm.residual(
-        torch.zeros(500, 4, 12, 12), torch.full((500,), 700), normal(500, 4, 12, 12)
-    )
-    ddpm.sample((500, 4, 12, 12), steps=1, generator=rng("cpu", 2))
-    ab = ddpm.alphabar[700]
-    z = ddpm.p_sample(
-        torch.zeros(500, 4, 12, 12), torch.full((500,), 700), rng("cpu", 3)
-    )
-    t, s = torch.full((500,), 700), torch.full((500,), 400)
-    y = ddpm.ddim_step(torch.zeros(500, 4, 12, 12), t, s, 1.0, rng("cpu", 4))
-    own = [seen[0] / (1 - ab).sqrt(), seen[1], z / ddpm.beta[700].sqrt(), y / y.std()]
-    for eps in own:
-        x = eps.movedim(1, 0).flatten(1).double()
-        apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
-        torch.testing.assert_close(x.cov(), rho ** apart.double(), atol=0.03, rtol=0)
-    if noise == "shared":
-        for eps in own:
-            assert all(torch.equal(eps[:, :1], eps[:, f : f + 1]) for f in range(4))
+def test_training_and_sampling_use_the_noise_that_is_asked_for(monkeypatch, noise, rho):
+    """With x_0 = 0 the net sees sqrt(1 - abar) eps; then x_T; then what z adds."""
+    ddpm, seen = model(noise=noise, correlation=0.7), []
+    monkeypatch.setattr(ddpm.net, "forward", lambda xt, t: seen.append(xt) or 0 * xt)
+    eps, t = normal(1000, 4, 8, 8), torch.full((1000,), 700)
+    ddpm(0 * eps, t, eps)
+    seen[0] = seen[0] / (1 - ddpm.alphabar[700]).sqrt()
+    xt = normal(1000, 4, 8, 8, seed=2)
+    kept = xt.clone()
+    ddpm.sample(xt.shape, steps=1, xt=xt)
+    ddpm.sample(xt.shape, steps=1, generator=rng("cpu", 2))
+    ddpm.sample(xt.shape, steps=2, eta=1.0, xt=0 * xt, generator=rng("cpu", 3))
+    assert torch.equal(xt, kept) and torch.equal(seen[1], seen[2])
+    for eps in (seen[0], seen[1], seen[4] / seen[4].std()):
+        x = eps.reshape(1000, 4, 64).transpose(0, 1).flatten(1).double()
+        torch.testing.assert_close(x.cov(), rho**APART, atol=0.03, rtol=0)
 
 
-# ---- the penalty -------------------------------------------------------------------
+# ---- the penalty ---------------------------------------------------------------------
 
 
 def test_the_loss_is_eq_14_plus_the_penalty_as_promised():
-    """Shared eps: the penalty is the difference of neighbouring eps_hat, by hand."""
+    """With shared noise the penalty is that on neighbouring eps_hat; all by hand."""
     ddpm = model(channels=3, noise="shared", reg_weight=0.25)
-    x0, eps = normal(5, 12, 12, 12), normal(5, 12, 12, 12, seed=2)
+    x0, eps = normal(5, 12, 8, 8), normal(5, 12, 8, 8, seed=2)
     t = torch.tensor([1, 200, 400, 700, 1000])
     one = eps[:, :3].repeat(1, 4, 1, 1)
-    xt = ddpm.q_sample(x0, t, one)
-    eps_hat = ddpm.eps_hat(xt, t)
+    eps_hat = ddpm.eps_hat(ddpm.q_sample(x0, t, one), t)
     mse = (eps_hat - one).square().mean()
-    frames = eps_hat.view(5, 4, 3, 12, 12)
     pairs = torch.zeros(5, 3)
     for b in range(5):
         for f in range(3):
-            pairs[b, f] = (frames[b, f + 1] - frames[b, f]).square().mean()
+            now, then = eps_hat[b, 3 * f : 3 * f + 3], eps_hat[b, 3 * f + 3 : 3 * f + 6]
+            pairs[b, f] = (then - now).square().mean()
+    torch.testing.assert_close(ddpm(x0, t, eps), mse)  # held out: the error alone
+    ddpm.train()
     torch.testing.assert_close(ddpm(x0, t, eps), mse + 0.25 * pairs.mean())
-    motion = normal(5, 3, seed=3).abs()
-    ddpm.calm = 1 / (1 + motion)
-    want = mse + 0.25 * (pairs / (1 + motion)).mean()
-    torch.testing.assert_close(ddpm(x0, t, eps), want)
-    ddpm.reg_weight = 0.0
-    torch.testing.assert_close(ddpm(x0, t, eps), mse)
+    weights = normal(5, 3, seed=3).abs()
+    ddpm.reg_weight = weights
+    torch.testing.assert_close(ddpm(x0, t, eps), mse + (weights * pairs).mean())
 
 
 @pytest.mark.parametrize("noise", ["shared", "mixed", "independent"])
-def test_the_penalty_is_0_where_eps_hat_is_eps_whatever_the_noise(noise):
-    ddpm = model(noise=noise, reg_weight=1.0)
-    x0, t = normal(5, 4, 12, 12), torch.tensor([1, 200, 400, 700, 1000])
-    ab = ddpm.alphabar[t][:, None, None, None]
+def test_the_penalty_is_0_where_all_frames_err_alike(monkeypatch, noise):
+    ddpm = model(noise=noise, reg_weight=1.0).train()
+    x0, t = normal(5, 4, 8, 8), torch.tensor([100, 200, 400, 700, 900])
+    ab = ddpm.alphabar[t, None, None, None]
+    for wrong in (0.0, 1.0):
 
-    def knows(xt, t):
-        return (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
+        def knows(xt, t, wrong=wrong):
+            return (xt - ab.sqrt() * x0) / (1 - ab).sqrt() + wrong
 
-    ddpm.net.forward = knows
-    assert ddpm(x0, t, normal(5, 4, 12, 12, seed=2)) < 1e-6
-    ddpm.net.forward = lambda xt, t: knows(xt, t) + 1  # wrong, but alike in all frames
-    assert ddpm(x0, t, normal(5, 4, 12, 12, seed=2)) == pytest.approx(1, abs=1e-3)
-
-
-def test_the_jitter_of_x0_hat_is_the_penalty_times_noise_over_signal():
-    ddpm = model(noise="shared")
-    x0, eps, t = (
-        normal(5, 4, 12, 12),
-        normal(5, 4, 12, 12, seed=2),
-        torch.full((5,), 300),
-    )
-    error = ddpm.residual(x0, t, eps)
-    ab = ddpm.alphabar[300]
-    eps = correlate(eps, 1, 1.0)
-    xt = ddpm.q_sample(x0, t, eps)
-    x0_hat = (xt - (1 - ab).sqrt() * ddpm.eps_hat(xt, t)) / ab.sqrt()
-    want = flicker(error, 1) * (1 - ab) / ab
-    torch.testing.assert_close(flicker(x0_hat - x0, 1), want, rtol=1e-3, atol=0)
+        monkeypatch.setattr(ddpm, "eps_hat", knows)
+        loss = ddpm(x0, t, normal(5, 4, 8, 8, seed=2))
+        assert loss.item() == pytest.approx(wrong, abs=1e-3)
 
 
-@pytest.mark.parametrize("data", ["digits", "npz"])
-def test_the_weights_of_a_step_belong_to_the_clips_of_that_step(monkeypatch, data):
-    """What forward gets as weights fits the motion that is measured in its x0."""
-    options = {"flow_weight": True, **TINY}
-    if data == "npz":
-        own = Config(n_train=60, seq_len=3, canvas=12, speed=2)
-        clips, motion = load_images(own)[:2]
-        np.savez("moving.npz", clips=clips.numpy())
-        Path("m").mkdir()
-        for i, own in enumerate(motion.numpy()):
-            np.save(f"m/{i:06}.npy", own)
-        options |= {"data": "npz", "data_dir": "moving.npz", "motion_dir": "m"}
-        options |= {"image_size": 12}
+@pytest.mark.parametrize("data", ["digits", "films"])
+def test_the_weights_of_a_step_belong_to_its_clips(monkeypatch, clips, data):
+    """What forward sees in x0 is as far apart as its weights say."""
     seen, forward = [], supervideo.DDPM.forward
 
     def spy(self, x0, t, eps):
-        shift, _ = displacement(x0, 1)
-        seen.append((self.calm, 1 / (1 + shift.float().norm(dim=-1))))
+        if self.training:
+            seen.append(((x0 + 1) * 127.5, self.reg_weight))
         return forward(self, x0, t, eps)
 
     monkeypatch.setattr(supervideo.DDPM, "forward", spy)
-    train(Config(out="run", steps=5, **options))
-    assert len(seen) == 5
-    for calm, want in seen:
-        assert calm.shape == (4, 2)
-        torch.testing.assert_close(calm, want)
+    monkeypatch.setattr(supervideo, "save_grid", lambda *_: None)
+    monkeypatch.setattr(supervideo, "held_out_loss", lambda *_: {"held_loss": 0.0})
+    train(Config(data, out="run", steps=3, flow_weight=True, reg_weight=3.0, **TINY))
+    assert len(seen) == 3
+    for x0, weights in seen:
+        if data == "films":  # each clip says who it is
+            first = x0[:, 0, 0, 0].round()
+            motion = 100 * (first // 20) + first % 20
+            motion = motion[:, None] + torch.arange(3)
+        else:  # the centre of the ink moves as the digit does
+            place, ink = torch.arange(12.0), x0.sum((2, 3))
+            y, x = ((x0.sum(k) * place).sum(2) / ink for k in (3, 2))
+            motion = torch.stack([y, x], dim=2).diff(dim=1).norm(dim=2)
+        torch.testing.assert_close(weights, 3 / (1 + motion), atol=1e-3, rtol=0)
 
 
-# ---- the network -------------------------------------------------------------------
+# ---- the layers ----------------------------------------------------------------------
 
 
-def test_a_new_temporal_layer_changes_nothing():
-    """So a video model may start from an image model: --init takes its weights."""
-    plain, video = model(temporal=False), model(awake=False)
-    assert not any("in_time" in name for name in plain.state_dict())
-    new = {name for name in video.state_dict() if "in_time" in name}
-    assert len({name.split(".")[2] for name in new}) == 4 and len(new) == 24
-    video.load_state_dict(plain.state_dict(), strict=False)
-    xt, t = normal(3, 4, 12, 12), torch.tensor([1, 300, 900])
+def test_a_layer_is_a_convolution_over_the_frames_by_hand():
+    torch.manual_seed(0)
+    layer, x = MixFrames(8, 5), normal(2 * 5, 8, 3, 2)
+    assert torch.equal(layer(x), x)  # it starts at 0
+    torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    want = x.clone().view(2, 5, 8, 3, 2)
+    for b, i, j in np.ndindex(2, 3, 2):
+        pixel = x.view(2, 5, 8, 3, 2)[b, :, :, i, j].T[None]  # (1, c, F)
+        h = F.conv1d(pixel, layer.weight[..., 0], layer.bias, padding=4)
+        want[b, :, :, i, j] += h[0].T
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).view_as(want), want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_video_model_is_the_image_model_frame_by_frame():
+    """Of the same seed, and with the same weights: the layers are all that is new."""
+    made = []
+    for temporal in (False, True):
+        torch.manual_seed(0)
+        cfg = Config(n_feat=8, seq_len=4, temporal=temporal)
+        made.append(build(cfg, (12, 8, 8)).eval().requires_grad_(False))
+    plain, video = made
+    new = {name for name in video.state_dict() if ".mix." in name}
+    assert len(new) == 12 and {*plain.state_dict()} == {*video.state_dict()} - new
+    for ddpm in made:
+        torch.nn.init.constant_(ddpm.net.out.weight, 0.1)
+    xt, t = normal(3, 12, 8, 8), torch.tensor([1, 300, 900])
     assert torch.equal(plain.eps_hat(xt, t), video.eps_hat(xt, t))
-    frames = [plain.eps_hat(xt[:, f : f + 1], t) for f in range(4)]
+    frames = [plain.eps_hat(xt[:, f : f + 3], t) for f in range(0, 12, 3)]
     torch.testing.assert_close(plain.eps_hat(xt, t), torch.cat(frames, dim=1))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("temporal", [False, True])
-def test_frames_hear_of_one_another_only_through_temporal_layers(channels, temporal):
+def test_only_the_layers_carry_from_frame_to_frame(channels, temporal):
     ddpm = model(channels, temporal=temporal)
-    xt, t = normal(2, 4 * channels, 12, 12), torch.tensor([100, 800])
+    xt, t = normal(2, 4 * channels, 8, 8), torch.tensor([100, 800])
     other = xt.clone()
     other[0, channels : 2 * channels] += 1  # the second frame of the first clip
     change = (ddpm.eps_hat(xt, t) - ddpm.eps_hat(other, t)).abs()
@@ -402,140 +334,80 @@ def test_frames_hear_of_one_another_only_through_temporal_layers(channels, tempo
     assert (change[0, [0, 2, 3]] < 1e-5).all() != temporal
 
 
-def test_a_temporal_layer_is_two_convolutions_over_the_frames_by_hand():
-    torch.manual_seed(0)
-    layer = InTime(8)
-    x = normal(2 * 5, 8, 3, 2)
-    assert torch.equal(layer(x, 2), x)
-    torch.nn.init.normal_(layer.out.weight)
-    torch.nn.init.normal_(layer.out.bias)
-    h = torch.nn.functional.silu(layer.norm(x)).view(2, 5, 8, 3, 2)
-    want = x.clone().view(2, 5, 8, 3, 2)
-    for b in range(2):
-        for i in range(3):
-            for j in range(2):
-                pixel = h[b, :, :, i, j].T[None]  # (1, c, F)
-                for conv in (layer.conv, layer.out):
-                    if conv is layer.out:
-                        pixel = torch.nn.functional.silu(pixel)
-                    kernel = conv.weight[..., 0]  # (c, c, 3)
-                    pixel = torch.nn.functional.conv1d(
-                        pixel, kernel, conv.bias, padding=1
-                    )
-                want[b, :, :, i, j] += pixel[0].T
-    torch.testing.assert_close(layer(x, 2).view_as(want), want, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_without_time_shared_noise_makes_still_pictures_and_own_noise_strangers(
-    sampler,
-):
-    """Why it cannot move: each frame is one function of its own noise, and no more."""
-    still = model(temporal=False, noise="shared", T=25)
-    clip = still.sample((2, 4, 12, 12), 5, sampler, generator=rng("cpu", 1))
-    for frame in clip.split(1, dim=1):
-        assert torch.equal(frame, clip[:, :1])
-    if sampler == "ddim":
-        apart, xt = model(temporal=False, noise="independent"), normal(2, 4, 12, 12)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_without_layers_shared_noise_draws_still_pictures(eta):
+    """And from noise of its own each frame becomes what it would become alone."""
+    still, g = model(temporal=False, noise="shared", T=25), rng("cpu", 1)
+    clip = still.sample((2, 4, 8, 8), 5, eta, g)
+    assert torch.equal(clip, clip[:, :1].expand(-1, 4, -1, -1))
+    if eta == 0:
+        apart, xt = model(temporal=False, noise="independent"), normal(2, 4, 8, 8)
         clip = apart.sample(xt.shape, 5, xt=xt)
         for f in range(4):
-            alone = apart.sample((2, 1, 12, 12), 5, xt=xt[:, f : f + 1])
+            alone = apart.sample((2, 1, 8, 8), 5, xt=xt[:, f : f + 1])
             torch.testing.assert_close(clip[:, f : f + 1], alone, atol=1e-3, rtol=0)
 
 
-# ---- runs --------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------
 
 
-def test_a_video_model_starts_from_a_checkpoint_of_images(capsys):
-    import superminddpm as base
+@pytest.mark.parametrize("length", [2, 4])
+def test_a_run_leaves_clips_in_columns_and_a_film(monkeypatch, clips, length):
+    """Samples here tell by the colour of a tile its clip, frame and channel."""
 
-    few = {"n_feat": 8, "n_train": 40, "batch": 4, "steps": 2, "lr": 1e-2}
-    base.train(base.Config(out="images", quiet=True, **few))
-    options = {**TINY, "quiet": False, "steps": 1, "lr": 0.0}
-    train(Config(out="run", init="images/last.pt", **options))
-    said = capsys.readouterr().out
-    old, new = state("images")["ema"], state("run")["net"]
-    taken = [name for name in new if name in old]
-    assert all(torch.equal(old[name], new[name]) for name in taken)
-    assert {name for name in new if name not in old} == {
-        n for n in new if "in_time" in n
-    }
-    assert "drawn clips move" in said and "real ones" in said
+    def colours(self, shape, xt):
+        value = 37 * torch.arange(shape[0] * shape[1]) % 256 / 127.5 - 1
+        return value.view(shape[0], -1, 1, 1).expand(shape)
+
+    monkeypatch.setattr(supervideo.DDPM, "sample", colours)
+    train(Config(clips, out="run", steps=1, **{**TINY, "seq_len": length}))
+    page = np.asarray(Image.open("run/samples_epoch_001.png")).astype(int)
+    assert page.shape == (length * 66 + 2, 16 * 66 + 2, 3)
+    held = load_images(Config(clips, seq_len=length))[1][:16]
+    shown = torch.linspace(0, 47 + len(held), 16).long().tolist()
+    assert min(shown) == 0 and any(32 <= k < 48 for k in shown) and shown[-1] > 48
+    for f, (i, k) in product(range(length), enumerate(shown)):
+        tile = page[f * 66 + 2 : f * 66 + 66, i * 66 + 2 : i * 66 + 66]
+        assert (tile == tile[:1, :1]).all()
+        c = 3 * f + np.arange(3)
+        want = 37 * (k % 32 * 3 * length + c) % 256  # 0..31 averaged, 32..47 raw
+        if k >= 48:
+            want = held[k - 48, c, 0, 0].numpy()
+        assert np.abs(tile[0, 0] - want).max() <= 1, (f, i)
+    film = Image.open("run/samples_epoch_001.webp")
+    assert film.n_frames == length and film.size == (page.shape[1], 66)
+    for f in range(length):
+        film.seek(f)
+        line = np.asarray(film.convert("RGB")).astype(int)
+        assert np.abs(line - page[66 * f : 66 * f + 66]).mean() < 3  # webp is lossy
 
 
-def test_flow_weights_and_noise_change_the_run():
+def test_load_brings_back_what_sampling_needs(monkeypatch, clips):
+    monkeypatch.setattr(supervideo, "save_grid", lambda *_: None)
+    for noise, rho in {"shared": 1, "mixed": 0.3, "independent": 0}.items():
+        options = {"out": noise, "noise": noise, "correlation": 0.3, "steps": 1}
+        train(Config(clips, **options, **TINY))
+        ddpm = load(f"{noise}/last.pt")
+        assert (ddpm.channels, ddpm.correlation, ddpm.shape) == (3, rho, (12, 8, 8))
+    assert load("shared/last.pt").sample((1, 12, 8, 8), 2).shape == (1, 12, 8, 8)
+
+
+def test_every_option_of_the_idea_changes_the_run(monkeypatch, clips):
+    monkeypatch.setattr(supervideo, "save_grid", lambda *_: None)
     found = {}
     for name, options in {
         "default": {},
         "shared": {"noise": "shared"},
         "independent": {"noise": "independent"},
+        "correlation": {"correlation": 0.9},
         "flow": {"flow_weight": True},
         "no penalty": {"reg_weight": 0.0},
-        "still": {"temporal": False},
+        "no layers": {"temporal": False},
+        "shorter": {"seq_len": 2},
     }.items():
-        train(Config(out=name, steps=3, lr=1e-2, **{**TINY, **options}))
+        train(Config(out=name, **{**TINY, "data": clips, "steps": 5, **options}))
         found[name] = state(name)["net"]["net.init.weight"]
     names = [*found]
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             assert not torch.equal(found[a], found[b]), (a, b)
-
-
-def test_a_run_and_its_samples_leave_strips_and_films(monkeypatch):
-    argv = "--out run --steps 2 --batch 4 --n-train 40 --n-feat 8 --seq-len 3 --quiet"
-
-    def main(words):
-        monkeypatch.setattr("sys.argv", ["supervideo.py", *words.split()])
-        supervideo.main()
-
-    main(argv)
-    film = Image.open("run/samples_epoch_001.webp")
-    assert film.n_frames == 3 and film.size == (4 * 62, 4 * 62)
-    page = np.asarray(Image.open("run/samples_epoch_001.png"))
-    assert page.shape[:2] == (16 * 62, 3 * 60 + 2)
-    with open("run/metrics.csv") as f:
-        assert float(next(csv.DictReader(f))["held_loss"]) > 0
-
-    ask = "--sample run/last.pt --quiet --n-samples 5 --sampling-steps 2 --batch 2"
-    main(f"{ask} --out a")
-    main(f"{ask} --out b")
-    names = sorted(path.name for path in Path("a").iterdir())
-    assert names == [*(f"{i:06}.png" for i in range(5)), "grid.png", "grid.webp"]
-    for name in names:
-        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
-    clip = np.asarray(Image.open("a/000003.png"))
-    assert clip.shape == (12, 3 * 12)
-    film = Image.open("a/grid.webp")
-    assert film.n_frames == 3 and film.size == (3 * 62, 2 * 62)
-    for f in range(3):  # the fourth clip, f-th frame: second row, first column
-        film.seek(f)
-        shown = np.asarray(film.convert("L"))[62:122:5, 0:60:5]
-        assert np.abs(shown.astype(int) - clip[:, 12 * f : 12 * f + 12]).max() <= 1
-    main(f"{ask} --seq-len 6 --noise independent --out longer")
-    assert Image.open("longer/000000.png").size == (6 * 12, 12)
-    assert Image.open("longer/grid.webp").n_frames == 6
-    main(f"{ask} --noise shared --out still")  # the layers of time are still near 0
-    frames = np.split(np.asarray(Image.open("still/000000.png")).astype(int), 3, axis=1)
-    assert max(np.abs(frame - frames[0]).max() for frame in frames) < 20
-    frames = np.split(clip.astype(int), 3, axis=1)
-    assert max(np.abs(frame - frames[0]).max() for frame in frames) > 50
-
-
-def test_strips_and_films_show_each_frame_once_in_order():
-    clips = torch.arange(2 * 4 * 3).view(2, 12, 1, 1).expand(2, 12, 8, 8) / 12 - 1
-    shown = strips(clips, 3)
-    assert shown.shape == (2, 3, 8, 32)
-    for b in range(2):
-        for f in range(4):
-            frame = clips[b, 3 * f : 3 * f + 3]
-            assert torch.equal(shown[b, :, :, 8 * f : 8 * f + 8], frame)
-    animate(clips, 3, "film.webp")
-    film = Image.open("film.webp")
-    assert film.n_frames == 4
-    for f in range(4):
-        film.seek(f)
-        pixels = np.asarray(film.convert("RGB"))
-        for b in range(2):
-            want = (clips[b, 3 * f : 3 * f + 3, 0, 0] + 1) * 127.5
-            own = pixels[5, b * 66 + 5]
-            assert np.abs(own - want.numpy()).max() < 1
