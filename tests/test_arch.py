@@ -138,6 +138,19 @@ def test_the_time_is_that_of_the_base(arch):
     assert torch.equal(*given)
 
 
+def test_a_unet_of_two_levels_by_hand():
+    made, xt = net("small", widths=(1, 3)), torch.randn(2, 1, 10, 10)
+    seen, ((a,), (b,), (c,)) = {}, made.levels
+    a.register_forward_pre_hook(lambda _, given: seen.update(temb=given[1]))
+    out = made(xt, T12)
+    skip = a(made.init(xt), seen["temb"])
+    means = skip.unflatten(3, (5, 2)).mean(4).unflatten(2, (5, 2)).mean(3)
+    low = b(means, seen["temb"])  # (2, 24, 5, 5)
+    h = torch.cat([low.repeat_interleave(2, 2).repeat_interleave(2, 3), skip], dim=1)
+    h = made.norm(c(h, seen["temb"]))
+    torch.testing.assert_close(out, made.out(h * h.sigmoid()))
+
+
 def test_attention_is_a_weighted_mean_over_all_pixels():
     """Pixel by pixel, head by head; and its fused kernels take what it passes on."""
     torch.manual_seed(0)
@@ -227,6 +240,11 @@ def test_naive_hears_the_time_at_two_places_and_never_rounds_it():
     with torch.autocast("cpu", torch.bfloat16):
         made(xt, t)
     assert torch.equal(seen["time2"][1], temb) and seen["up0"][1].dtype != torch.float
+    for T, t in ((1000, 500), (200, 100)):  # t / T counts, not t
+        short = build(Config(arch="naive", n_feat=8, T=T), (1, 8, 8)).net
+        wave(short.parameters())
+        seen[T] = short(xt[:1], torch.tensor([t]))
+    assert torch.equal(seen[1000], seen[200])
 
 
 # ---- training ------------------------------------------------------------------------

@@ -184,6 +184,7 @@ def test_a_prepared_folder_brings_its_recipe(tiny):
     key = {"arm": "curriculum", "seed": 0, "steps": 0}
     _, cfg = compare.configure(compare.Options(data=tiny, batch=16), key)
     assert (cfg.data, cfg.n_feat, cfg.epochs, cfg.batch) == (tiny, 8, 2, 16)
+    assert cfg.every == 10**6 and cfg.resume
     assert Path(cfg.out).name == "tiny-curriculum-0-0"
     with pytest.raises(ValueError, match=r"recipe.json: `python prepare.py"):
         compare.configure(compare.Options(data="nowhere"), key)
