@@ -32,7 +32,8 @@ OFF = {  # the options that switch an idea off
     "superarch": {"arch": "base"},
     "supervideo": {"seq_len": 1},
 }
-BOUND = {"superminddpm": 400, "supercurriculum": 440}  # lines; all others 510
+BOUND = {"superminddpm": 400, "supercurriculum": 440}  # lines; all others 510, but for
+BOUND["supersample"] = 570  # the one place that draws, from checkpoints of all others
 CHILDREN = sorted(PARENT)
 children = pytest.mark.parametrize("child", CHILDREN)
 STAGED = [c for c in CHILDREN if "supercurriculum" in (c, PARENT[c])]
@@ -88,7 +89,7 @@ def test_every_script_is_read_in_one_sitting():
         docstring = ast.parse(source(name)).body[0].end_lineno
         assert lines[name] <= BOUND.get(name, 510) and docstring <= 30, name
     assert {*lines} == {*PARENT, "superminddpm", "prepare"}
-    assert sum(lines.values()) <= 4600
+    assert sum(lines.values()) <= 4800
 
 
 def names(text):
