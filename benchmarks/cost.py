@@ -8,8 +8,8 @@ Everything but the hours is counted, on tensors without data, so that no size is
 large for the machine that counts:
  - FLOPs of forward and backward pass, by torch's FlopCounterMode: convolutions and
    matrix products, two for each multiplication with its addition. What works on single
-   numbers (norms, SiLU, AdamW) is not in it.
- - Model: weights, gradients, AdamW's two moments and step counts, averaged weights, all
+   numbers (norms, SiLU, Adam) is not in it.
+ - Model: weights, gradients, Adam's two moments and step counts, averaged weights, all
    in float32.
  - Activations: the storages that autograd keeps for the backward pass, each counted
    once, without the weights, in float32. bf16 autocast keeps less, and torch.compile
@@ -30,12 +30,14 @@ import tyro
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+import prepare
 import superminddpm as base
 
 SIZES = (("CelebA", 32), ("CelebA", 64), ("CelebA", 128), ("ImageNet", 64))
 N_TRAIN = {"CelebA": 162_770, "ImageNet": 1_281_167}  # their official training parts
 NOT_MEASURED = "not measured"
-EPOCHS = base.Config(data="celeba").epochs  # as many for ImageNet, where no recipe is
+CELEBA = dict(zip(prepare.RECIPE, prepare.RECIPES["celeba"], strict=True))
+EPOCHS = CELEBA["epochs"]  # as many for ImageNet, where no recipe is
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def activations(loss):
 
 
 def model_bytes(weights):
-    """Return the bytes of weights, gradients, AdamW's state and averaged weights."""
+    """Return the bytes of weights, gradients, Adam's state and averaged weights."""
     return sum(5 * w.nbytes for w in weights) + 4 * len(weights)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/curves.py runs/superminddpm-digits
     python benchmarks/curves.py runs/superminddpm-digits runs/supercurriculum-digits
 
-Reads metrics.csv. For one run it writes loss_curves.png into its folder: over the epochs
-the loss in training and the held-out loss of the averaged weights, and for up to four
-epochs the held-out loss by noise level. For several it writes compared.png into the
-first folder: the held-out loss over the epochs, and by noise level at the end.
+For one run it writes loss_curves.png into its folder, from metrics.csv: over epochs the
+loss in training and the held-out loss of the averaged weights, and for up to four of
+the epochs the held-out loss by noise level. For several it writes compared.png into the
+first folder: the held-out loss over epochs, and by noise level at the end.
 """
 
 import csv

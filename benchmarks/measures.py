@@ -1,36 +1,33 @@
 """How far are drawn images from the training images?
 
     python benchmarks/measures.py runs/superminddpm-digits/last.pt
-    python benchmarks/measures.py FILE --n 500 --data-dir DIR
+    python benchmarks/measures.py FILE --n 500 --data data/celeba32
 
-Takes a checkpoint of any script, with any data set. Draws 1000 images by DDIM with 50
-calls from the averaged and from the raw weights and prints their distances to the
-training images. The floor is what as many held-out images score: as good as real.
+Takes a checkpoint of any script that draws images. Draws 1000 by DDIM with 50 steps,
+from the averaged and from the raw weights, and prints their distances to the training
+images. The floor is what as many held-out images score: as good as real.
 (benchmarks/quality.py asks more, but of digits only: what a classifier sees in them,
 which classes occur, copies of training images.)
 
  - frechet: Frechet distance of the Gaussians fitted to features; it falls as the number
    of images grows, so only equal numbers compare
  - kernel: squared maximum mean discrepancy of features, with a polynomial kernel; free
-   of bias, so that chance can take it below 0; from all images at once, not subsets
+   of bias, so that chance can take it below 0
  - pca: the first 64 principal components of the training images (a quarter of all, if
    that is less), pixels in [-1, 1]: what is large, layout and brightness
  - net: 84 features of a small classifier trained here on the labels; without labels 64
    of one that learned which of 4 quarter turns and which damage (none, blur, noise,
-   swapped quadrants, swapped colours) an image has had: what is small as well. It
-   is no Inception: compare numbers within one data set only
+   swapped quadrants, swapped colours) an image has had: what is small as well
  - sliced wasserstein: of 7x7 patches from each level of a Laplacian pyramid, mean over
-   levels, times 1000; each set of patches is normalised by its own mean and spread
+   levels, times 1000; each set of patches is normalized by its own mean and spread
 
 Features are divided by one number, the root mean square of the training images'.
-Nothing is downloaded. The trained net is kept in runs/features. Inception's FID and KID
-come on request: --inception-weights FILE, and pip install torchmetrics torch-fidelity
+Nothing is downloaded, so these are not the FID and KID of papers, which want Inception:
+compare numbers within one data set only. For an FID, supersample.py writes files that
+every tool for it reads.
 """
 
-import hashlib
 import importlib
-import inspect
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +40,10 @@ from scipy.ndimage import convolve1d
 from sklearn.decomposition import PCA
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import superminddpm as base
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import superguide
+from superminddpm import rng
 
 REAL = 10_000  # training images that are compared with, at most
 STEPS, EPOCHS = 1000, 12  # to train the net: the steps, of 64 images, or fewer epochs
@@ -172,14 +171,15 @@ def damage(x, g):
 
 
 def task(images, labels, index, g):
-    """Return what the net sees of images[index], and the classes it is to tell."""
+    """Return what the net sees of images[index], and the classes it must tell apart."""
     x = images[index] / 127.5 - 1
     return damage(x, g) if labels is None else (x, labels[index])
 
 
+@torch.random.fork_rng([])  # the caller's random numbers stay as they are
 def train_net(images, labels):
     """Return a Net that tells the labels of images, or for None their damage."""
-    classes, g = 20 if labels is None else int(labels.max()) + 1, base.rng("cpu", 0, 8)
+    classes, g = 20 if labels is None else int(labels.max()) + 1, rng("cpu", 0, 8)
     steps, threads = min(STEPS, EPOCHS * len(images) // 64 + 1), torch.get_num_threads()
     torch.manual_seed(0)
     net = Net(images.shape[1], 64 if labels is None else 84, classes)
@@ -199,49 +199,24 @@ def train_net(images, labels):
     return net.requires_grad_(False)
 
 
-@torch.random.fork_rng([])  # the caller's random numbers stay as they are
-def find_net(images, labels, folder):
-    """Return the Net for images and labels: the one kept in folder, or a new one."""
-    code = "".join(inspect.getsource(x) for x in (Net, damage, task, train_net))
-    few = images[:: max(1, len(images) // 1000)].contiguous()
-    key = hashlib.sha1(f"{code} {STEPS} {EPOCHS} {tuple(images.shape)}".encode())
-    key.update(few.numpy().tobytes())
-    key.update(b"" if labels is None else labels.contiguous().numpy().tobytes())
-    path = Path(folder, f"net-{key.hexdigest()}.pt")
-    if not path.exists():
-        net = train_net(images, labels)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        torch.save(net.state_dict(), part)
-        part.replace(path)  # a kill leaves no half net
-    state = torch.load(path, weights_only=True)
-    classes, features = state["head.weight"].shape
-    net = Net(images.shape[1], features, classes).requires_grad_(False)
-    net.load_state_dict(state)
-    return net
-
-
 class Measures:
     """Distances of drawn images to the training images, by a fixed protocol.
 
     train, held: uint8 (N, C, S, S); labels, held_labels: int64 (N,), or None. n images
     are compared, but never more than are held out. floor: the distances of the first n
-    held-out images; accuracy: share of held-out images that the net gets right (None
-    for labels without held_labels). Raises ValueError for what it cannot measure.
+    held-out images; accuracy: share of held-out images that the net gets right. Raises
+    ValueError for what it cannot measure.
     """
 
-    def __init__(
-        self, train, held, labels=None, held_labels=None, n=1000, folder="runs/features"
-    ):
+    def __init__(self, train, held, labels=None, held_labels=None, n=1000):
         self.n = n = min(n, len(held), len(train))
         if n < 16:
             raise ValueError(f"{n} images are too few to measure distances: 16 or more")
         self.shape = tuple(train.shape[1:])
         self.check(train)
         self.check(held)
-        train, held = train.cpu(), held.cpu()
-        pick = torch.randperm(len(train), generator=base.rng("cpu", 0, 7))[:REAL]
-        self.net = find_net(train, labels, folder)
+        pick = torch.randperm(len(train), generator=rng("cpu", 0, 7))[:REAL]
+        self.net = train_net(train, labels)
         real = train[pick]
         flat = real.flatten(1).numpy() / np.float32(127.5) - 1
         few = min(64, flat.shape[1] // 4, len(flat))
@@ -251,19 +226,17 @@ class Measures:
         self.real = self.scaled(found)
         self.alone = {name: likeness(x) for name, x in self.real.items()}
         self.patches = patches(real[:n].numpy())
-        self.accuracy = None
-        if labels is None or held_labels is not None:
-            g = base.rng("cpu", 0, 9)
-            x, y = task(held, held_labels, torch.arange(len(held)), g)
-            self.accuracy = (self.net(x).argmax(1) == y).float().mean().item()
+        x, y = task(held, held_labels, torch.arange(len(held)), rng("cpu", 0, 9))
+        self.accuracy = (self.net(x).argmax(1) == y).float().mean().item()
         self.floor = self.distances(held)
 
     def check(self, images):
         """Raise ValueError unless images are n or more, uint8, of the right shape."""
-        kind, shape = images.dtype, tuple(images.shape)
-        if kind != torch.uint8 or shape[1:] != self.shape or len(images) < self.n:
-            wanted = f"torch.uint8 {(self.n, *self.shape)}"
-            raise ValueError(f"images are {kind} {shape}, which wants to be {wanted}")
+        kind, shape, wanted = images.dtype, tuple(images.shape), (self.n, *self.shape)
+        if len(shape) != 4 or shape[1:] != self.shape or shape[0] < self.n:
+            raise ValueError(f"{shape} are not as many images as {wanted}")
+        if kind != torch.uint8:
+            raise ValueError(f"images are {kind}, not torch.uint8")
 
     @torch.no_grad()
     def features(self, images):
@@ -288,75 +261,59 @@ class Measures:
         return far | {"sliced wasserstein": sliced_wasserstein(drawn, self.patches)}
 
 
-def inception(drawn, real, weights):
-    """Return {"FID": ..., "KID": ...} of two sets of uint8 images, by torchmetrics.
-
-    weights: torch-fidelity's file pt_inception-2015-12-05-6726825d.pth, or a module
-    that turns uint8 (N, 3, S, S) into features (N, D). KID: the mean over 100 subsets
-    of 1000 or fewer. Raises ValueError if a package or the file is missing.
-    """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-        from torchmetrics.image.kid import KernelInceptionDistance
-
-        if not isinstance(weights, nn.Module):
-            if not Path(weights).is_file():  # without a file it would be downloaded
-                raise ValueError(f"there is no file {weights} with Inception's weights")
-            kind = ("inception-v3-compat", ["2048"])
-            weights = NoTrainInceptionV3(*kind, str(weights))
-    except ModuleNotFoundError:
-        how = "pip install torchmetrics torch-fidelity"
-        raise ValueError(f"Inception features want: {how}") from None
-    size = min(len(drawn), len(real), 1000)
-    fid = FrechetInceptionDistance(weights)
-    kid = KernelInceptionDistance(weights, subset_size=size)
-    for images, is_real in ((drawn, False), (real, True)):
-        for part in images.cpu().expand(-1, 3, -1, -1).split(50):
-            fid.update(part, is_real)
-            kid.update(part, is_real)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return {"FID": fid.compute().item(), "KID": kid.compute()[0].item()}
-
-
 def draw(ddpm, n, steps=50, seed=0):
     """Return n images by DDIM, uint8 (n, C, S, S); one seed is one x_T for all."""
-    ddpm = ddpm.cuda() if torch.cuda.is_available() else ddpm
+    ddpm = ddpm.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     xt = torch.randn(n, *ddpm.shape, generator=torch.Generator().manual_seed(seed))
     parts = xt.to(ddpm.beta.device).split(250)
     x0 = torch.cat([ddpm.sample(part.shape, steps, xt=part) for part in parts])
     return ((x0 + 1) * 127.5).round().byte().cpu()
 
 
-def main(
-    path: tyro.conf.Positional[str],
-    n: int = 1000,
-    data_dir: str = "",
-    inception_weights: str = "",
-):
-    script = importlib.import_module(base.read_checkpoint(path, script="")["script"])
+def load_labels(data):
+    """Return the labels of digits or a prepared folder, (N,) twice, or None twice."""
+    try:
+        return superguide.load_labels(superguide.Config(data=data))
+    except ValueError:
+        return None, None
+
+
+def script_of(path):
+    """Return the script that wrote a checkpoint, as a module.  ValueError: none did."""
+    try:
+        script = torch.load(path, map_location="cpu", weights_only=True)["script"]
+    except Exception as error:  # torch.load raises nearly anything on a foreign file
+        raise ValueError(f"{path} is no checkpoint: {error}") from None
+    if not (ROOT / f"{script}.py").exists():
+        raise ValueError(f"{path} was written by {script}.py, which is not here")
+    return importlib.import_module(script)
+
+
+def main(path: tyro.conf.Positional[str], n: int = 1000, data: str = ""):
+    """Measure what a checkpoint draws.
+
+    Args:
+        path: the checkpoint, of any script that draws images
+        n: images that are compared, at most as many as are held out
+        data: where the training data are now (empty: where they were)
+    """
+    script = script_of(path)
     cfg = script.read_checkpoint(path)["config"]
-    cfg = replace(cfg, data_dir=data_dir or cfg.data_dir, quiet=True)
-    train, labels, held, held_labels = script.load_images(cfg)
-    if labels is not None and labels.is_floating_point():  # the motion of clips
-        labels = held_labels = None
+    cfg = replace(cfg, data=data or cfg.data)
+    train, held = script.load_images(cfg)
+    labels, held_labels = load_labels(cfg.data)
     measures = Measures(train, held, labels, held_labels, n)
-    n, columns = measures.n, {"held-out": measures.floor}
-    sets = {
-        "drawn, averaged": draw(script.load(path), n),
-        "drawn, raw": draw(script.load(path, ema=False), n),
-    }
-    columns |= {name: measures.distances(images) for name, images in sets.items()}
-    if inception_weights:
-        for name, images in ({"held-out": held[:n]} | sets).items():
-            columns[name] |= inception(images, train[:REAL], inception_weights)
+    columns = {"held-out": measures.floor}
+    for name, ema in (("drawn, averaged", True), ("drawn, raw", False)):
+        drawn = draw(script.load(path, ema), measures.n)
+        columns[name] = measures.distances(drawn)
     real, net = len(measures.real["pca"]), "damage" if labels is None else "labels"
     size = " x ".join(map(str, measures.shape))
-    print(f"{n} images, {cfg.data} {size}, drawn by DDIM with 50 calls")
-    print(f"against {real} training images; sliced Wasserstein: against {n}")
+    print(f"{measures.n} images, {cfg.data} {size}, drawn by DDIM with 50 steps")
+    print(f"against {real} training images; sliced Wasserstein: against {measures.n}")
     print(f"net: tells the {net} of {measures.accuracy:.1%} of held-out images\n")
     print(f"{'':20}" + "".join(f"{name:>18}" for name in columns))
-    for name in measures.floor | columns["drawn, raw"]:
+    for name in measures.floor:
         print(f"{name:20}" + "".join(f"{x[name]:18.4g}" for x in columns.values()))
 
 

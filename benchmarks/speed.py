@@ -6,28 +6,23 @@
     python benchmarks/speed.py --json speed.json           the same figures as JSON
 
 Measures images per second, in turns, so that what disturbs one row disturbs all:
- - loop: train() of the script as it is, on random images (digits: the real ones);
+ - loop: train() of the script as it is, on made-up images for celeba, else real ones;
  - bare: forward, backward and optimizer step of the same network on fixed tensors,
    eager, compiled, or compiled into CUDA graphs, channels first or last;
  - plain: the loop of plain.py, as people write it, on files like CelebA's.
 
-A step is what lies between two calls of AdamW.step, so one clock stands in all of them.
+A step is what lies between two calls of Adam.step, so one clock stands in all of them.
 The first steps of a turn, where things are compiled, do not count. On a CPU the cost of
 the loop is by how much its whole time exceeds that of forward, backward, zero_grad and
 step inside it; both come from the same steps. On a GPU calls return before the work is
 done: there the clock waits, at the first and the last step only, and the loop is
-compared to bare.
-"recipe" is the time of the whole recipe at that rate, without its grids and held-out
-losses: for celeba 80 epochs of 162,770 images, 13.0 million.
+compared to bare. Idle is the time under no kernel: the kernels as seen by
+torch.profiler, against a step without the profiler. Memory is the peak of what torch
+reserves; of the loop the images are part of it.
 
-The roofline is what the machine would allow if nothing else took time: FLOPs (counted
-as in cost.py) at the rate of a large matrix product, and bytes at that of a large copy,
-both measured in the same run. The bytes of a step are those that eager autograd cannot
-avoid: the activations that it keeps, written once and read once, and ten float32
-numbers a weight (read forward and backward; the gradient written and read; AdamW reads
-and writes the weight and two moments). Idle is the time under no kernel: the kernels as
-seen by torch.profiler, against a step without the profiler. Memory is the peak of what
-torch reserves; of the loop the images are part of it.
+"recipe" is the time of all epochs at that rate, without grids and held-out losses: for
+celeba 80 epochs of 162,770 images, 13.0 million. TFLOP/s is the rate of convolutions
+and matrix products, counted as in cost.py, in the fastest row of the loop.
 """
 
 import gc
@@ -43,7 +38,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -51,87 +45,63 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import plain
 import torch
 import tyro
-from cost import activations, flops
-
-N_TRAIN = {"mnist": 60_000, "fashion": 60_000, "cifar10": 50_000, "celeba": 162_770}
-N_TRAIN["folder"] = 20_000  # for want of a better guess
+from cost import CELEBA, N_TRAIN, flops
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of the measurement; those of the script may follow."""
 
-    script: Annotated[str, tyro.conf.Positional] = "superminddpm"  # whose loop
-    data: str = "celeba"  # whose recipe
-    n_feats: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--n-feat"])] = ()
-    """widths (empty: 32 and 128 on a GPU, the recipe's on a CPU)"""
-    batches: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--batch"])] = ()
-    """images a step (empty: 256 and 1024 on a GPU, 64 on a CPU)"""
+    script: tyro.conf.Positional[str] = "superminddpm"  # whose loop
+    data: str = "celeba"  # celeba (made up), digits, or a folder made by prepare.py
+    n_feat: tuple[int, ...] = ()  # widths (empty: 32 128 on a GPU, else the recipe's)
+    batch: tuple[int, ...] = ()  # images a step (empty: 256 1024 on a GPU, else 64)
     turns: int = 5  # of each row
     steps: int = 0  # timed steps a turn (0: 100 on a GPU, 10 on a CPU)
-    n_images: int = 0  # random images to train on (0: as many as the data set has)
+    n_images: int = N_TRAIN["CelebA"]  # made-up images
     n_samples: int = 0  # images to draw by DDIM (0: 10,000 on a GPU, 16 on a CPU)
-    workers: int = os.cpu_count()  # processes that decode for the plain loop
     compiled: bool = False  # compiled rows also on a CPU; they want a C++ compiler
     json: str = ""  # file for the figures
 
 
 # ---- The clock ---------------------------------------------------------------------
 def sync():
-    """Wait until the GPU, if there is one, has done what it was told."""
+    """Wait until the GPU, if there is one, has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-class Watch:
-    """Inside this context, time the steps from one call of AdamW.step to another.
+def step_time(script, run, first, count, profiler=None):
+    """Return seconds a step of run, and of them inside its bare calls.
 
-    marks: (seconds, seconds inside forward, backward, zero_grad and step) at the calls
-    number first and last, from 0. profiler: started at the one, stopped at the other.
+    A step lasts from one call of Adam.step to the next. The calls number first and
+    first + count, from 0, are where the clock, and the profiler, start and stop.
     """
+    calls, inside, marks, adam = [], [0.0], [], torch.optim.Adam
 
-    def __init__(self, script, first, last, profiler=None):
-        self.first, self.last, self.profiler = first, last, profiler
-        self.calls, self.inside, self.marks, self.stack = 0, 0.0, [], ExitStack()
-        adamw = torch.optim.AdamW
-        self.parts = [(script.DDPM, "forward"), (torch.Tensor, "backward")]
-        self.parts += [(adamw, "zero_grad"), (adamw, "step")]
-
-    def timed(self, function, is_step):
+    def timed(function, is_step):
         def call(*args, **options):
-            if is_step:
-                self.tick()
+            if is_step and len(calls) in (first, first + count):
+                sync()
+                marks.append((time.perf_counter(), inside[0]))
+                if profiler:
+                    (profiler.stop if marks[1:] else profiler.start)()
+            calls.extend([1] * is_step)
             start = time.perf_counter()
             result = function(*args, **options)
-            self.inside += time.perf_counter() - start
+            inside[0] += time.perf_counter() - start
             return result
 
         return call
 
-    def tick(self):
-        if self.calls in (self.first, self.last):
-            sync()
-            self.marks.append((time.perf_counter(), self.inside))
-            if self.profiler:
-                (self.profiler.stop if self.marks[1:] else self.profiler.start)()
-        self.calls += 1
-
-    def __enter__(self):
-        for owner, name in self.parts:
-            new = self.timed(getattr(owner, name), name == "step")
-            self.stack.enter_context(patch.object(owner, name, new))
-        return self
-
-    def __exit__(self, *error):
-        self.stack.close()
-
-
-def step_time(script, run, first, count):
-    """Return seconds a step of run, and of them inside its bare calls."""
-    with Watch(script, first, first + count) as watch:
+    parts = [(script.DDPM, "forward"), (torch.Tensor, "backward")]
+    with ExitStack() as stack:
+        for owner, name in [*parts, (adam, "zero_grad"), (adam, "step")]:
+            new = timed(getattr(owner, name), name == "step")
+            stack.enter_context(patch.object(owner, name, new))
         run(first + count + 1)
-    (start, inside), (end, inside_too) = watch.marks
-    return (end - start) / count, (inside_too - inside) / count
+    (start, before), (end, after) = marks
+    return (end - start) / count, (after - before) / count
 
 
 def covered(spans):
@@ -143,11 +113,10 @@ def covered(spans):
     return total
 
 
-def busy_time(script, run, first, count):
+def busy_time(script, run, first, count=20):
     """Return seconds a step in which the GPU runs any kernel; None: none was seen."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    with Watch(script, first, first + count, profiler):
-        run(first + count + 1)
+    step_time(script, run, first, count, profiler)
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
@@ -159,14 +128,14 @@ def busy_time(script, run, first, count):
 # ---- The loops: each is a function run(n) that makes n optimizer steps --------------
 def loop(script, cfg, images, n):
     """Make n steps of the script's own loop, on images as of load_images."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(script, "load_images", lambda cfg: images),
-        patch.object(script, "held_out_loss", lambda *_: {1: 1.0}),
-        patch.object(script, "plot_history", lambda *_: None),
-        patch.object(script.DDPM, "sample", lambda self, shape, *_, xt, **__: xt),
-    ):
-        script.train(replace(cfg, steps=n, out=f"{folder}/run"))
+    fakes = {
+        "load_images": lambda _: images,
+        "held_out_loss": lambda *_: {"held_loss": 0},
+    }
+    fakes |= dict.fromkeys(("save_grid", "save_run"), lambda *_: None)
+    with tempfile.TemporaryDirectory() as folder, patch.multiple(script, **fakes):
+        cfg = replace(cfg, steps=n, out=f"{folder}/run", every=10**6, quiet=True)
+        script.train(cfg)
 
 
 def new(script, cfg, shape, device):
@@ -184,43 +153,47 @@ def bare(script, cfg, shape, device, mode, last, n):
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (x0, eps))
     if mode != "eager":
         ddpm.net.compile(mode=mode)
-    opt = torch.optim.AdamW(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
+    opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
     for _ in range(n):
         if mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # graphs reuse their memory
         opt.zero_grad()
-        ddpm(x0, t, eps).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            loss = ddpm(x0, t, eps)
+        loss.backward()
         opt.step()
 
 
-# ---- What the machine allows -------------------------------------------------------
-def rate(function, work, times):
-    """Return work a second of function, the best of some goes of several calls."""
-    best = math.inf
-    for _ in range(4):
-        sync()
-        start = time.perf_counter()
-        for _ in range(times):
-            function()
-        sync()
-        best = min(best, (time.perf_counter() - start) / times)
-    return work / best
+def plain_loop(script, cfg, shape, device, files, n):
+    ddpm = new(script, cfg, shape, device)
+    plain.train_on_files(ddpm, files, shape, cfg.batch, os.cpu_count(), n)
 
 
-def machine(device, dtype):
-    """Return bytes a second of a large copy, FLOP/s of a large matrix product."""
-    gpu = device.type == "cuda"
-    a = torch.empty(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
-    b = torch.zeros_like(a)
-    side = 8192 if gpu else 1024
-    m = torch.randn(side, side, device=device, dtype=dtype)
-    times = 10 if gpu else 2  # in a row, so that waiting for a GPU does not count
-    copying = rate(lambda: a.copy_(b), 2 * a.nbytes, times)
-    return copying, rate(lambda: m @ m, 2 * side**3, times)
+def rows_of(script, cfg, images, files, options, device):
+    """Return {what: run} of all rows for one network and batch."""
+    shape, gpu = images[0].shape[1:], device.type == "cuda"
+    compiled = gpu or options.compiled
+    step = partial(bare, script, cfg, shape, device)
+    runs = {"loop": partial(loop, script, cfg, images)}
+    if compiled:
+        whole = replace(cfg, compile=True)
+        runs["loop, --compile"] = partial(loop, script, whole, images)
+    for last in (False, True) if gpu else (False,):
+        order = ", channels last" * last
+        runs[f"bare, eager{order}"] = partial(step, "eager", last)
+        if compiled:
+            runs[f"bare, compiled{order}"] = partial(step, "default", last)
+    if options.data == "celeba":
+        runs["plain"] = partial(plain_loop, script, cfg, shape, device, files)
+    if gpu:  # at the end, since their memory stays reserved
+        for last in (False, True):
+            what = "bare, CUDA graphs" + ", channels last" * last
+            runs[what] = partial(step, "reduce-overhead", last)
+    return runs
 
 
-def draw(ddpm, shape, n, batch):
-    """Return images a second of DDIM with 50 network calls."""
+def drawing_rate(ddpm, shape, n, batch):
+    """Return images a second of DDIM in 50 steps."""
     batch = min(n, batch)
     ddpm.sample((batch, *shape), 2)
     sync()
@@ -232,64 +205,13 @@ def draw(ddpm, shape, n, batch):
 
 
 # ---- The measurement ---------------------------------------------------------------
-def rows_of(script, cfg, images, files, options, device):
-    """Return {what: run} of all rows for one network and batch."""
-    shape, gpu = images[0].shape[1:], device.type == "cuda"
-    step = partial(bare, script, cfg, shape, device)
-    runs = {"loop": partial(loop, script, replace(cfg, compile=False), images)}
-    if gpu or options.compiled:
-        whole = replace(cfg, compile=True)
-        runs["loop, --compile"] = partial(loop, script, whole, images)
-        runs["bare, compiled"] = partial(step, "default", False)
-    runs["bare, eager"] = partial(step, "eager", False)
-    if gpu:
-        runs["bare, eager, channels last"] = partial(step, "eager", True)
-        runs["bare, compiled, channels last"] = partial(step, "default", True)
-    if options.data in ("celeba", "folder") and len(shape) == 3:  # files; no clips
-        precise = replace(cfg, bf16=False)
-
-        def run_plain(n):
-            ddpm = new(script, precise, shape, device)
-            plain.train_on_files(ddpm, files, shape, cfg.batch, options.workers, n)
-
-        runs["plain"] = run_plain
-    if gpu:  # last, since their memory stays reserved
-        graph = partial(step, "reduce-overhead")
-        runs["bare, CUDA graphs"] = partial(graph, False)
-        runs["bare, CUDA graphs, channels last"] = partial(graph, True)
-    return runs
-
-
-def roofline(script, cfg, shape, device, allowed):
-    """Return FLOPs and bytes an image, and the images/s that they allow."""
-    ddpm = new(script, cfg, shape, device)
-    weights = list(ddpm.parameters())
-
-    def loss(n):
-        x0, eps = (torch.randn(n, *shape, device=device) for _ in range(2))
-        return ddpm(x0, torch.ones(n, dtype=torch.long, device=device), eps)
-
-    size, one = sum(w.nbytes for w in weights), flops(loss)
-    moved = 2 * activations(loss) + 10 * size / cfg.batch
-    return {
-        **{"weights": size // 4, "flop_image": one, "bytes_image": moved},
-        **{"bound_bytes": allowed[0] / moved, "bound_flop": allowed[1] / one},
-    }
-
-
-def forget_compiled():
-    """Drop compiled code: a second batch size would be compiled for any size."""
-    torch.compiler.reset()
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
-
-
-def times_of(script, cfg, runs, spans, options, gpu):
+def times_of(script, runs, spans, turns, gpu):
     """Return {what: [step_time]} over the turns, and {what: peak of the memory}.
 
     What cannot be compiled or does not fit into the memory is named and left out.
     """
     times, peak = {what: [] for what in runs}, {}
-    for turn in range(-1 if gpu else 0, options.turns):  # -1: to warm up
+    for turn in range(-1 if gpu else 0, turns):  # -1: to warm up
         for what in list(times):
             gc.collect()
             if gpu and turn < 0:
@@ -298,11 +220,10 @@ def times_of(script, cfg, runs, spans, options, gpu):
             try:
                 both = step_time(script, runs[what], *spans[what])
             except Exception as error:  # compilers raise nearly anything
-                needed = "compile" not in what and "graphs" not in what
-                if needed and not isinstance(error, torch.OutOfMemoryError):
+                out_of_memory = isinstance(error, torch.OutOfMemoryError)
+                if not out_of_memory and "compile" not in what and "graphs" not in what:
                     raise
-                why = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
-                print(f"n-feat {cfg.n_feat}, batch {cfg.batch}, {what}: {why}")
+                print(f"{what}: {type(error).__name__}: {str(error).splitlines()[:1]}")
                 del times[what]
                 continue
             if turn >= 0:
@@ -312,7 +233,13 @@ def times_of(script, cfg, runs, spans, options, gpu):
     return times, peak
 
 
-def measure(script, cfg, images, files, options, device, allowed):
+def forget_compiled():
+    """Drop compiled code: a second batch size would be compiled for any size."""
+    torch.compiler.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
+
+
+def measure(script, cfg, images, files, options, device):
     """Return the figures of one network and batch, as a dict for JSON.
 
     And functions {what: busy_time}, to be called when all pairs have been timed: a GPU
@@ -323,12 +250,11 @@ def measure(script, cfg, images, files, options, device, allowed):
         forget_compiled()
     runs = rows_of(script, cfg, images, files, options, device)
     first, count = (20, options.steps or 100) if gpu else (2, options.steps or 10)
-    several = max(1, options.workers)  # they deliver in bursts: time whole rounds
+    several = os.cpu_count()  # workers deliver in bursts: time whole rounds
     spans = dict.fromkeys(runs, (first, count))
     spans["plain"] = max(first, several), math.ceil(count / several) * several
-    times, peak = times_of(script, cfg, runs, spans, options, gpu)
-    recipe = script.Config(data=options.data)
-    due = recipe.epochs * (len(images[0]) // recipe.batch * recipe.batch)
+    times, peak = times_of(script, runs, spans, options.turns, gpu)
+    due = cfg.epochs * (len(images[0]) // cfg.batch * cfg.batch)
     rows, busy = [], {}
     for what, pairs in times.items():
         rates = sorted(cfg.batch / whole for whole, _ in pairs)
@@ -337,7 +263,7 @@ def measure(script, cfg, images, files, options, device, allowed):
         row |= {"ms": 1000 * cfg.batch / middle, "hours": due / middle / 3600}
         if gpu:
             row |= {"idle": None, "peak": peak[what]}
-            busy[what] = partial(busy_time, script, runs[what], spans[what][0], 20)
+            busy[what] = partial(busy_time, script, runs[what], spans[what][0])
         elif what.startswith("loop"):
             costs = sorted(whole / inside - 1 for whole, inside in pairs)
             row["cost"] = statistics.median(costs), costs[0], costs[-1]
@@ -345,8 +271,9 @@ def measure(script, cfg, images, files, options, device, allowed):
     n = options.n_samples or (10_000 if gpu else 16)
     ddpm = new(script, cfg, shape, device)
     pair = {"n_feat": cfg.n_feat, "batch": cfg.batch, "images": due, "rows": rows}
-    pair |= roofline(script, cfg, shape, device, allowed)
-    pair |= {"n_samples": n, "samples_per_s": draw(ddpm, shape, n, cfg.batch)}
+    x0, t = torch.zeros(1, *shape, device=device), torch.tensor([1], device=device)
+    pair |= {"flop_image": flops(lambda n: ddpm(x0, t, x0)), "n_samples": n}
+    pair |= {"samples_per_s": drawing_rate(ddpm, shape, n, cfg.batch)}
     return pair, busy
 
 
@@ -358,10 +285,8 @@ def best(pair, kind):
 
 def report(result):
     """Return the figures of a whole run as text."""
-    copied, product = result["copy_bytes_per_s"], result["matmul_flop_per_s"]
     lines = ["$ {command}", "{script}, {data}, {shape}, {device}, torch {torch}"]
     lines = [line.format(**result) for line in lines]
-    lines.append(f"copy {copied / 1e9:.3g} GB/s, matrices {product / 1e12:.3g} TFLOP/s")
     for pair in result["pairs"]:
         lines += ["", "n-feat {n_feat}, batch {batch}".format(**pair)]
         head = f"{'':32}{'images/s':>10}{'(range)':>22}{'ms a step':>11}{'recipe':>11}"
@@ -371,71 +296,57 @@ def report(result):
             line = f"{row['what']:32}{row['images_per_s']:10,.1f}{spread:>22}"
             line += f"{row['ms']:11.2f}{row['hours']:9.3g} h"
             if result["gpu"]:
-                idle = row["idle"]
-                line += f"{idle:8.0%}" if idle is not None else f"{'?':>8}"
-                line += f"{row['peak'] / 2**30:8.2f} GiB"
+                idle = "?" if row["idle"] is None else f"{row['idle']:.0%}"
+                line += f"{idle:>8}{row['peak'] / 2**30:8.2f} GiB"
             if "cost" in row:
                 line += "   cost {:.1%} ({:.1%} to {:.1%})".format(*row["cost"])
             lines.append(line)
-        quick, bound = best(pair, "loop"), min(pair["bound_flop"], pair["bound_bytes"])
-        against = f"{quick / best(pair, 'bare'):.0%} of the best bare, "
-        if not math.isnan(best(pair, "plain")):
-            against += f"{quick / best(pair, 'plain'):.2f} times plain, "
-        lines += [
-            f"loop: {against}{quick / bound:.0%} of the roofline",
-            f"roofline: {pair['bound_flop']:,.0f} images/s by FLOPs, "
-            f"{pair['bound_bytes']:,.0f} by bytes (an image: "
-            f"{pair['flop_image'] / 1e9:.3g} GFLOP, "
-            f"{pair['bytes_image'] / 1e6:.3g} MB)",
-            f"DDIM, 50 calls: {pair['samples_per_s']:.3g} images/s, "
-            f"{pair['n_samples']:,} drawn",
-        ]
+        quick, against = best(pair, "loop"), best(pair, "plain")
+        line = f"loop: {quick / best(pair, 'bare'):.0%} of the best bare, "
+        line += "" if math.isnan(against) else f"{quick / against:.2f} times plain, "
+        lines.append(f"{line}{quick * pair['flop_image'] / 1e12:.3g} TFLOP/s")
+        drawn = "DDIM in 50 steps: {samples_per_s:.3g} images/s, {n_samples:,} drawn"
+        lines.append(drawn.format(**pair))
     return "\n".join(lines)
 
 
-def random_images(n, channels, size):
-    """Return what load_images returns: n random images, and some as held out."""
-    images = torch.randint(256, (n, size, size, channels), dtype=torch.uint8)
-    images = images.permute(0, 3, 1, 2)  # the layout in memory of real ones
-    labels = torch.arange(n) % 10
-    return images, labels, images[:64], labels[:64]
+def set_up(options, rest):
+    """Return the script, its Config, and images as of load_images."""
+    script = importlib.import_module(options.script)
+    recipe, data = CELEBA, options.data
+    if data != "celeba":
+        file = Path(data, "recipe.json").expanduser()
+        recipe = {"data": data} if data == "digits" else json.loads(file.read_text())
+        recipe["data"] = data
+    cfg = tyro.cli(script.Config, args=rest, default=script.Config(**recipe))
+    if data != "celeba":
+        return script, cfg, script.load_images(cfg)
+    images = torch.randint(256, (options.n_images, 3, 32, 32), dtype=torch.uint8)
+    return script, cfg, (images, images[:64])
 
 
 def main():
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    script = importlib.import_module(options.script)
-    cfg = script.parse(["--data", options.data, *rest])
-    cfg = replace(cfg, quiet=True, sample_every=10**6, save_every=10**6)
+    script, cfg, images = set_up(options, rest)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-    if options.data == "digits":
-        images = script.load_images(cfg)
-    else:
-        channels = 1 if options.data in ("mnist", "fashion") else 3
-        n = options.n_images or N_TRAIN[options.data]
-        images = random_images(n, channels, cfg.image_size)
-    shape = tuple(images[0].shape[1:])
-    fast = gpu and new(script, cfg, shape, device).bf16
-    allowed = machine(device, torch.bfloat16 if fast else torch.float32)
     where = torch.cuda.get_device_name() if gpu else "CPU"
     threads = "" if gpu else f", threads: {torch.get_num_threads()}"
     result = {
         "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
         **{"script": options.script, "data": options.data},
-        **{"shape": "x".join(map(str, shape)), "device": where + threads, "gpu": gpu},
-        "torch": torch.__version__.split("+")[0],
-        **{"copy_bytes_per_s": allowed[0], "matmul_flop_per_s": allowed[1]},
-        "pairs": [],
+        **{"shape": "x".join(map(str, images[0].shape[1:]))},
+        **{"device": where + threads, "gpu": gpu},
+        **{"torch": torch.__version__.split("+")[0], "pairs": []},
     }
     keep = Path(options.json).write_text if options.json else lambda text: None
     with tempfile.TemporaryDirectory() as folder:
-        files, later = plain.write_files(folder, 256), []
-        for n_feat in options.n_feats or ((32, 128) if gpu else (cfg.n_feat,)):
-            for batch in options.batches or ((256, 1024) if gpu else (64,)):
+        files = plain.write_files(folder, 256) if options.data == "celeba" else []
+        later = []
+        for n_feat in options.n_feat or ((32, 128) if gpu else (cfg.n_feat,)):
+            for batch in options.batch or ((256, 1024) if gpu else (64,)):
                 one = replace(cfg, n_feat=n_feat, batch=batch)
-                pair, busy = measure(
-                    script, one, images, files, options, device, allowed
-                )
+                pair, busy = measure(script, one, images, files, options, device)
                 result["pairs"].append(pair)
                 later.append(busy)
                 keep(json.dumps(result, indent=1) + "\n")
@@ -450,4 +361,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"speed.py: {error}")
