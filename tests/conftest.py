@@ -1,7 +1,7 @@
 """Shared by all tests: one thread, a small data folder, processes that start fast.
 
-python -m pytest runs the short tests. With --all it also runs those that are marked slow:
-they kill and restart processes, execute whole notebooks or open a browser.
+python -m pytest runs the short tests. With --all it also runs those that are marked
+slow: they kill and restart processes, execute whole notebooks or open a browser.
 """
 
 import json

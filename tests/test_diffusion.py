@@ -1,4 +1,4 @@
-"""The network, the schedule, the loss and the sampler, against diffusers and formulas."""
+"""Network, schedule, loss and sampler, against diffusers and formulas."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from superminddpm import DDPM, UNet
 
 
 class Fixed(torch.nn.Module):
-    """A network whose eps_hat, that is x_t plus its output, is a function of (xt, t)."""
+    """A network whose eps_hat, x_t plus its output, is a function of (xt, t)."""
 
     def __init__(self, answer):
         super().__init__()
