@@ -190,6 +190,22 @@ def test_worse_colours_are_farther_without_labels(monkeypatch):
             assert values == sorted(values), (what, name, values)
 
 
+def test_the_damage_is_what_its_class_says():
+    x = clouds(0, 200) / 127.5 - 1
+    damaged, classes = measures.damage(x, torch.Generator().manual_seed(0))
+    for own, y, k in zip(x, damaged, classes.tolist(), strict=True):
+        turn, kind = divmod(k, 5)
+        own = own.rot90(turn, (1, 2))
+        far = (own - y).abs().amax().item()
+        assert (far == 0) == (kind == 0)
+        if kind == 1:  # blur: never beyond what is there
+            assert own.amin() <= y.amin() and y.amax() <= own.amax()
+        if kind in (3, 4):
+            swapped = own.roll((8, 8), (1, 2)) if kind == 3 else own.flip(0)
+            assert torch.equal(y, swapped)
+    assert set(classes.tolist()) == set(range(20))
+
+
 def test_the_net_repeats_bit_for_bit_and_leaves_other_random_numbers(monkeypatch):
     monkeypatch.setattr(measures, "STEPS", 5)
     data, before = digits(), torch.random.get_rng_state()
@@ -337,12 +353,13 @@ def test_quality_draws_from_a_checkpoint_with_eta_1(monkeypatch, capsys, checkpo
         calls.append((shape, steps, eta, generator.initial_seed()))
         return torch.rand(shape, generator=generator) * 2 - 1
 
-    def score(drawn, *_):
+    def score(drawn, train, held, held_labels, judge):
+        assert judge == [len(train)] * 2 and len(held_labels) == len(held) == 359
         seen.append(drawn)
         return {"measure": float(len(seen))}
 
     monkeypatch.setattr(superobjective.DDPM, "sample", sample)
-    monkeypatch.setattr(quality, "train_judge", lambda *_: None)
+    monkeypatch.setattr(quality, "train_judge", lambda *sets: [*map(len, sets)])
     monkeypatch.setattr(quality, "score", score)
     quality.main(checkpoint)
     assert calls == [((360, 1, 8, 8), 50, 1.0, seed) for seed in range(8)]
