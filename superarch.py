@@ -23,7 +23,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal  # + arch
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,14 +53,14 @@ class Config:
     epochs: int = 180  # passes over the training images
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
-    lr: float = 1e-2  # peak learning rate of Adam; it falls linearly to 0
-    warmup: int = 50  # steps over which the learning rate rises from 0
+    lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
+    warmup: int = 50  # steps over which the learning rate rises to that line
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
     seed: int = 0  # of weights, order, noise and samples
     every: int = 30  # epochs between rows of metrics, sample grids and checkpoints
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, mps ...
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a GPU, if any
     bf16: bool = False  # bfloat16 autocast, for hardware that is fast at it
     compile: bool = False  # torch.compile the network: a slow start, then faster
     out: str = ""  # folder to write (empty: runs/SCRIPT-DATA)
@@ -79,8 +79,8 @@ class Config:
             least = 1 if name in ("n_feat", "epochs", "batch", "every") else 0
             if isinstance(value, (int, float)) and not least <= value < 2**63:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
-        if self.n_feat % 8 or self.T < 25 or self.ema_decay >= 1:
-            raise ValueError("--n-feat is 8, 16 ..., --T 25 or more, --ema-decay < 1")
+        if self.n_feat % 8 or self.T < 50 or self.ema_decay >= 1:
+            raise ValueError("--n-feat is 8, 16 ..., --T 50 or more, --ema-decay < 1")
 
 
 # ---- 2. Data -----------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Three downs, a bottleneck vector, three ups; the skips d1, d2, d3 pass it by."""
+    """Three levels, each of half the size, round a vector that d1, d2, d3 bypass."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -158,13 +158,10 @@ class UNet(nn.Module):
 
 # ---- 4. Diffusion ------------------------------------------------------------------
 class DDPM(nn.Module):
-    """The noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,).
-
-    Buffers beta, alphabar (T+1,): index t is the paper's t, index 0 is clean data.
-    """
+    """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
 
     def __init__(self, net, T=1000):
-        super().__init__()
+        super().__init__()  # beta, alphabar: (T+1,), at t that of step t; at 0 no noise
         self.net, self.T = net, T
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
         abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
@@ -314,21 +311,21 @@ def exchange(net, cfg, channels):
 # ---- 5. Training -------------------------------------------------------------------
 def join_processes(cfg):
     """Return device, rank and number of processes; join torchrun's group, if any."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, kind = int(os.environ.get("LOCAL_RANK", 0)), cfg.device
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    kind = kind if kind != "auto" else gpu.type if gpu else "cpu"
-    if rank >= world or kind != "cpu" and local >= torch.accelerator.device_count():
-        raise ValueError(f"process {rank} of {world} finds no {kind} of its own")
-    device = torch.device(kind) if kind == "cpu" else torch.device(kind, local)
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    rank, world, local, here = (int(os.environ.get(*name)) for name in names)
+    gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    kind = gpu if cfg.device == "auto" else cfg.device
+    count = {gpu: torch.accelerator.device_count(), "cpu": world}.get(kind, 0)
+    if rank >= world or here > count:
+        raise ValueError(f"rank {rank} of {world} cannot run on {count} {kind} devices")
+    own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store over a restart, with the addresses of the dead
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return device, rank, world
+        dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
+    return own or torch.device("cpu"), rank, world
 
 
 def build(cfg, shape):
@@ -386,15 +383,14 @@ def held_out_loss(ddpm, held):
 
 def save_grid(ema, ddpm, held, cfg, path):
     """Write a PNG: two rows of averaged weights, one of raw ones, one of real ones."""
-    xt = torch.randn(32, *ddpm.shape, generator=rng("cpu", cfg.seed, 3)).to(held)
-    rows = [ema.sample(xt.shape, xt=xt), ddpm.sample(xt[:16].shape, xt=xt[:16])]
-    images = torch.cat([*rows, held[:16]])
-    images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))
+    z = torch.randn(32, *ddpm.shape, generator=rng("cpu", cfg.seed, 3)).to(held)
+    rows = ema.sample(z.shape, xt=z), ddpm.sample(z[:16].shape, xt=z[:16]), held[:16]
+    images = F.interpolate(torch.cat(rows), scale_factor=max(1, 64 // held.shape[-1]))
     save_image((images + 1) / 2, path, nrow=16, pad_value=1)
 
 
 def save_run(out, epoch, state):
-    """Write metrics.csv and the checkpoint; a kill or full disk spares the last one."""
+    """Write metrics.csv and a checkpoint; killed midway, the last one is still good."""
     rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     (out / "metrics.csv").write_text(table)
@@ -408,8 +404,12 @@ def train(cfg):
     """Train as cfg says, write the run folder, return the averaged DDPM."""
     device, rank, world = join_processes(cfg)
     images, held = load_images(cfg)
+    if images.ndim != 4:
+        raise ValueError(f"{cfg.data} holds clips, not images")
     if cfg.batch % world or cfg.batch > len(images):
         raise ValueError(f"--batch: at most {len(images)}, divisible by {world} ranks")
+    per_epoch = len(images) // cfg.batch
+    total = cfg.steps or cfg.epochs * per_epoch
     images = images.to(device) if images.nbytes < 2**32 else images
     held = held.to(device) / 127.5 - 1
     torch.manual_seed(cfg.seed)
@@ -428,10 +428,10 @@ def train(cfg):
     if cfg.wandb and rank == 0:
         log = import_module("wandb").init(project=SCRIPT, config=asdict(cfg)).log
     out.mkdir(parents=True, exist_ok=True)
-    per_epoch = len(images) // cfg.batch
-    total = cfg.steps or cfg.epochs * per_epoch
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     quiet = cfg.quiet or rank > 0
+    if start >= total and not quiet:
+        print(f"nothing left to do: {out} is at step {start} of {total}")
     bar = tqdm(range(start, total), str(out), total, initial=start, disable=quiet)
     for step in bar:
         epoch, i = divmod(step, per_epoch)
@@ -459,10 +459,9 @@ def train(cfg):
 
         show = step + 1 == total or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
         if show:
-            mean = torch.stack(seen).mean() / world
+            mean, seen = torch.stack(seen).mean() / world, []
             if world > 1:
                 dist.all_reduce(mean)
-            seen.clear()
             if not mean.isfinite():
                 raise ValueError(f"the loss is {mean} in epoch {epoch + 1}")
         if rank == 0 and show:
@@ -489,12 +488,12 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: `python prepare.py celeba` makes one")
+                raise ValueError(f"no {recipe}: run `python prepare.py celeba`, say")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError) as error:
-        if int(os.environ.get("RANK", 0)) % int(os.environ.get("WORLD_SIZE", 1)) == 0:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
             print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

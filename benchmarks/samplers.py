@@ -88,10 +88,9 @@ def main(
     calls: tuple[int, ...] = CALLS,
     out: Path = RESULTS,
 ):
-    _, ddpm = supersample.open_model(path, ema=True)
-    cfg = supersample.Config()
-    images, held = (x / 127.5 - 1 for x in supersample.load_images(cfg))
-    labels, held_labels = load_labels(cfg)
+    script, ddpm = supersample.open_model(path, ema=True)
+    images, held = (x / 127.5 - 1 for x in script.load_images(script.Config()))
+    labels, held_labels = load_labels(script.Config())
     judge, rows = train_judge(images, labels), []
     for seed, n, name in itertools.product(range(seeds), calls, WAYS):
         sampler, eta, *_ = WAYS[name]

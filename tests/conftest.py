@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
 def alone(tmp_path, monkeypatch):
     """Run each test in a folder of its own, without the caller's settings."""
     monkeypatch.chdir(tmp_path)
-    for name in ("CELEBA_PATH", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("CELEBA_PATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(1)
 

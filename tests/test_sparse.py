@@ -231,12 +231,14 @@ def test_two_processes_score_as_one():
     [
         "--sparsity 0.8 0.4",
         "--sparsity 1 0.6 0.4 0.2 0",
-        "--sparsity=-0.1 0.6 0.4 0.2 0",
+        "--sparsity 0.8 0.6 0.4 0.2 -0.1",
+        "--sparsity 0.8 0.6 0.7 0.2 0",
+        "--sparsity 0.8 nan 0.4 0.2 0",
         "--stages 0.5 0 --epochs-per-stage 1 1",
     ],
 )
 def test_sparsities_that_make_no_sense_are_refused(line, capsys):
     assert command_line(supersparse, f"{line} --steps 1 --quiet") == 2
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "--sparsity is 0 to below 1, one a stage" in shown
+    assert "--sparsity falls from below 1, one a stage" in shown
     assert "Traceback" not in shown and not Path("runs").exists()

@@ -14,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.run
@@ -147,11 +148,11 @@ def test_t_is_uniform_up_to_T_and_noise_is_normal_and_new(tiny, monkeypatch):
         noise.append(eps)
 
     spy_on_forward(monkeypatch, record)
-    run("run", steps=200, T=25, every=1000)
-    counts = torch.bincount(torch.cat(ts), minlength=26)
-    assert counts[0] == 0 and len(counts) == 26
-    chi2 = ((counts[1:] - 256) ** 2 / 256).sum()
-    assert chi2 < 52  # 24 degrees of freedom: 1 in 1000
+    run("run", steps=200, T=50, every=1000)
+    counts = torch.bincount(torch.cat(ts), minlength=51)
+    assert counts[0] == 0 and len(counts) == 51
+    chi2 = ((counts[1:] - 128) ** 2 / 128).sum()
+    assert chi2 < 85  # 49 degrees of freedom: 1 in 1000
     eps = torch.cat(noise)
     assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
     assert len(eps.flatten(1).unique(dim=0)) == len(eps)
@@ -270,8 +271,9 @@ def test_two_processes_do_what_one_does(tiny):
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2"),
-        ({"RANK": "1"}, "process 1 of 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 cannot run on 2 cpu"),
+        ({"RANK": "1"}, "rank 1 of 1 cannot run on 1 cpu"),
+        ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}, "rank 8 of 8"),
     ],
 )
 def test_a_rank_that_does_not_fit_is_refused(tiny, monkeypatch, capsys, env, said):
@@ -279,6 +281,34 @@ def test_a_rank_that_does_not_fit_is_refused(tiny, monkeypatch, capsys, env, sai
         monkeypatch.setenv(name, value)
     assert command_line(base, "--data tiny --out run") == 2
     assert said in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_more_processes_than_gpus_are_refused_in_one_line(tiny, monkeypatch, capsys):
+    """All processes of the machine see it, the first one says it."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert command_line(base, "--data tiny --out run") == 2
+        said.append(capsys.readouterr().err)
+    line = "superminddpm.py: rank 0 of 2 cannot run on 1 cuda devices\n"
+    assert said == [line, ""] and not Path("run").exists()
+    with pytest.raises(ValueError, match="rank 1 of 2 cannot run on 0 mps devices"):
+        base.join_processes(small("run", device="mps"))
+
+
+def test_clips_are_refused_by_name(tiny):
+    for part in ("train", "held"):
+        images = np.load(f"tiny/{part}.npy")
+        np.save(f"tiny/{part}.npy", images.reshape(-1, 4, *images.shape[1:]))
+    with pytest.raises(ValueError, match="tiny holds clips, not images"):
+        train(small("run", batch=8))
+    assert not Path("run").exists()
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(tiny, monkeypatch):
@@ -411,12 +441,16 @@ def test_a_run_is_never_overwritten(tiny):
     assert Path("run/last.pt").read_bytes() == before
 
 
-def test_on_resume_more_steps_are_fine_and_other_options_are_refused_by_name(tiny):
+def test_on_resume_more_steps_are_fine_and_other_options_are_refused_by_name(
+    tiny, capsys
+):
     run("run", steps=2, resume=True)  # there is none yet: it begins
     assert run("run", steps=7, resume=True, every=2)["step"] == 7
     with pytest.raises(ValueError, match="the run in run has another n_feat, lr$"):
         run("run", steps=9, resume=True, lr=1e-3, n_feat=16)
-    assert run("run", steps=5, resume=True)["step"] == 7  # nothing is left to do
+    assert capsys.readouterr().out == ""
+    assert run("run", steps=5, resume=True, quiet=False)["step"] == 7
+    assert "nothing left to do: run is at step 7 of 5" in capsys.readouterr().out
 
 
 def test_compile_leaves_clean_keys(tiny):
@@ -495,7 +529,7 @@ def test_no_option_is_a_prefix_of_one_of_torchruns():
     for path in ROOT.glob("super*.py"):
         text = path.read_text()
         fields = re.findall(r"^    (\w+): \S.* = ", text, re.M)
-        assert len(fields) >= 19
+        assert len(fields) >= 14
         for name in fields:
             option = f"--{name.replace('_', '-')}"
             assert not any(x.startswith(option) and x != option for x in theirs), option
@@ -523,7 +557,7 @@ def test_help_explains_every_option(capsys):
 
 BAD = {
     "--bogus 3": "--bogus",
-    "--data imagenet": "no imagenet/recipe.json: `python prepare.py",
+    "--data imagenet": "no imagenet/recipe.json: run `python prepare.py",
     "--lr much": "--lr",
     "--batch 0": "--batch cannot be 0",
     "--batch -4": "--batch cannot be -4",
@@ -533,10 +567,11 @@ BAD = {
     "--lr inf": "--lr cannot be inf",
     "--n-feat 20": "--n-feat is 8, 16",
     "--n-feat 0": "--n-feat cannot be 0",
-    "--T 10": "--T 25 or more",
+    "--T 49": "--T 50 or more",
     "--ema-decay 1": "--ema-decay < 1",
     "--seed 99999999999999999999": "--seed cannot be 99999999999999999999",
-    "--device cuda": "process 0 of 1 finds no cuda of its own",
+    "--device cuda": "rank 0 of 1 cannot run on 0 cuda devices",
+    "--device gpu": "--device",
     "--wandb": "No module named 'wandb'",
 }
 
