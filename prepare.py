@@ -13,7 +13,8 @@ likewise for held; and recipe.json, training options that suit the data.
 The middle square of each picture is resized, of CelebA's the middle 140 pixels, the
 face. Transparent parts become white, 16 bits become 8. If all is grey, one channel is
 kept. Data without a test set has a fifth held out, by a hash of the names: a picture
-keeps its part when others are added. A clip is named after its folder, say cats/0001,
+keeps its part when others are added. Of what is held out 1,024 pictures, or as many
+frames, are kept. A clip is named after its folder, say cats/0001,
 or its number in the npz, 000000. Its motion is cats/0001.npy in --motion-dir, in pixels
 of the original frames: (F - 1,), or (F - 1, H, W), of which the mean counts.
 """
@@ -164,7 +165,7 @@ def read_motion(cfg, name, pairs):
 
 def split(names, cfg):
     """Return which names to train on, and which to hold out."""
-    if cfg.name == "celeba":  # its own parts go by number; the third one is not used
+    if cfg.name == "celeba":  # its own parts go by number; its test part is not used
         numbers = {Path(name).stem: name for name in sorted(names, reverse=True)}
         order = sorted(n for n in numbers if re.fullmatch("[0-9]{6}", n))
         train = [numbers[n] for n in order if n <= "162770"]

@@ -1,16 +1,17 @@
 """Which network predicts the noise: other UNets, attention, a ResNet.
 
 A network takes x_t and t and returns an image of the same shape. The script knows no
-more about it, so `build` can exchange it. All but naive are `Levels`: the base's blocks
-(FiLM: Perez et al. 2018, arXiv:1709.07871), in the shapes of ARCHS. attention is like
-DDPM's network (arXiv:2006.11239), with one skip a level. naive is minDiffusion's own
-(github.com/cloneofsimo/minDiffusion); its output is eps_hat. Dropout draws from (seed,
-step, process): a killed run goes on bit for bit, but two processes differ from one.
+more about it, so `build` can exchange it. All but base and naive are `Levels`: the
+base's blocks (FiLM: Perez et al. 2018, arXiv:1709.07871), in the shapes of ARCHS. In
+attention, as in DDPM's network, pixels look at one another, here at half and a quarter
+of the size. naive is minDiffusion's own (github.com/cloneofsimo/minDiffusion); its
+output is eps_hat. Dropout draws from (seed, step, process): a killed run resumes bit
+for bit, but two processes differ from one.
 
     python superarch.py                      film on 8x8 digits, two minutes on a CPU
-    torchrun --nproc_per_node=2 superarch.py --arch attention --dropout 0.01
-    python superarch.py --arch custom --widths 1 3 4     (blocks, attention: edit ARCHS)
-    python superarch.py --arch base                      off: the base's weights
+    torchrun --standalone --nproc_per_node=2 superarch.py --arch attention --out runs/a
+    python superarch.py --arch custom --widths 1 3 4 --out runs/c      (or edit ARCHS)
+    python superarch.py --arch base --out runs/off                     off: the base
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -31,13 +32,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import AcceleratorError, OutOfMemoryError, nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).stem
-warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
-# widths of the levels in n-feat, blocks in each level, levels with attention  # + arch
+warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
+# widths of the levels, times n-feat; blocks a level; levels with attention  # + arch
 ARCHS = {"small": ((1, 2), 1, ()), "big": ((1, 2, 4), 3, ())}  # + arch
 ARCHS |= {"film": ((2, 4, 6), 1, ()), "custom": ((1, 2, 2), 2, ())}  # + arch
 ARCHS |= {"attention": ((1, 2, 2, 2), 2, (1, 2)), "resnet": ((1,), 6, ())}  # + arch
@@ -54,7 +55,7 @@ class Config:
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
     lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
-    warmup: int = 50  # steps over which the learning rate rises to that line
+    warmup: int = 50  # first steps, over which the learning rate grows from near 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
@@ -70,7 +71,7 @@ class Config:
     arch: Literal["base", "naive", *ARCHS] = "film"  # + arch
     """the network; its shape stands in the table ARCHS"""  # + arch
     widths: tuple[Literal[1, 2, 3, 4, 5, 6, 7, 8], ...] = ()  # + arch
-    """channels of each level in n-feat, full size first (empty: see ARCHS)"""  # + arch
+    """channels of each level, times n-feat, full size first (see ARCHS)"""  # + arch
     dropout: float = 0.0  # + arch
     """share of activations that training drops"""  # + arch
 
@@ -85,7 +86,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0, the same on every process."""
+    """Return a generator for integers >= 0; the last one says what it is used for."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -113,14 +114,14 @@ class Block(nn.Module):
         self.film = nn.Linear(c_time, 2 * c_out)
 
     def forward(self, x, temb):
-        gamma, beta = self.film(temb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.film(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + gamma) + beta
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """Three levels, each of half the size, round a vector that d1, d2, d3 bypass."""
+    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -161,7 +162,7 @@ class DDPM(nn.Module):
     """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
 
     def __init__(self, net, T=1000):
-        super().__init__()  # beta, alphabar: (T+1,), at t that of step t; at 0 no noise
+        super().__init__()  # beta, alphabar: (T+1,), indexed by t; alphabar[0] = 1
         self.net, self.T = net, T
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
         abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
@@ -197,7 +198,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
         x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
@@ -220,7 +221,7 @@ class DDPM(nn.Module):
 
 # ---- Idea: arch --------------------------------------------------------------------
 class Attention(nn.MultiheadAttention):
-    """Each pixel adds a mean over all pixels, weighted by softmax(q k^T / sqrt(d))."""
+    """Self-attention: each pixel adds a weighted mean of the values of all pixels."""
 
     def forward(self, x, temb):
         h = F.group_norm(x, 8).flatten(2).mT  # (B, pixels, c)
@@ -321,8 +322,7 @@ def join_processes(cfg):
     own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over a restart, with the addresses of the dead
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
     return own or torch.device("cpu"), rank, world
@@ -390,7 +390,7 @@ def save_grid(ema, ddpm, held, cfg, path):
 
 
 def save_run(out, epoch, state):
-    """Write metrics.csv and a checkpoint; killed midway, the last one is still good."""
+    """Write metrics.csv and a checkpoint; a kill in the middle leaves last.pt whole."""
     rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     (out / "metrics.csv").write_text(table)
@@ -419,6 +419,8 @@ def train(cfg):
     opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
     out, state = find_run(cfg)
     start, history, seen = state["step"], state["history"], []
+    if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
+        raise ValueError(f"the run in {out} has another number of images")
     if start:
         for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
             part.load_state_dict(state[name])
@@ -488,13 +490,13 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: run `python prepare.py celeba`, say")
+                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, AcceleratorError, OutOfMemoryError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+            print(f"{SCRIPT}.py: {e}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

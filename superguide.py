@@ -9,20 +9,20 @@ noise given no label. Guidance steps beyond eps_c, away from eps_u (Ho and Salim
 
 w = 0 ignores the label, and w = 1 is the conditional model. Above 1 images fit their
 label better than real ones and vary less: they are samples of no distribution that was
-learned. The paper counts from there: its w is this one minus 1.
+learned. The paper's w is this one minus 1.
 
     python superguide.py                          8x8 digits, a minute on a CPU
-    torchrun --nproc_per_node=2 superguide.py     the same run on two processes
-    python superguide.py --guidance 0 1 2 5       strengths in the grids of classes
-    python superguide.py --no-class-cond          off: the base's weights
+    torchrun --standalone --nproc_per_node=2 superguide.py --out runs/two
+    python superguide.py --guidance 0 1 2 5 --out runs/strong     strengths in the grids
+    python superguide.py --no-class-cond --out runs/off           off: the base
 
 classes_epoch_XXX.png has a row for each class and, for each strength, the same noises;
 supersample.py draws any labels and strengths. In metrics.csv held_loss is that of eps_u
 and held_loss_with_label that of eps_c on the same noise: what a label is worth.
 
 The embedding of the label is added to that of the time; a dropped label adds 0. So
-eps_u is the network of superminddpm.py: --p-uncond 1 trains its weights, too. And with
---p-uncond 0, eps_u is never trained, so that only w = 1 is a model of the data.
+eps_u is the network of superminddpm.py: with --p-uncond 1 its weights are the base's.
+With --p-uncond 0, eps_u is never trained, so that only w = 1 is a model of the data.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -43,12 +43,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import AcceleratorError, OutOfMemoryError, nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).stem
-warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
+warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Config:
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
     lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
-    warmup: int = 50  # steps over which the learning rate rises to that line
+    warmup: int = 50  # first steps, over which the learning rate grows from near 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
@@ -78,7 +78,7 @@ class Config:
     class_cond: bool = True  # + guide
     """learn the labels of the data"""  # + guide
     p_uncond: float = 0.1  # + guide
-    """share of the training images whose label is dropped"""  # + guide
+    """chance that an image loses its label, drawn anew at each step"""  # + guide
     guidance: tuple[float, ...] = (0.0, 1.0, 3.0)  # + guide
     """strengths w of the grids of classes"""  # + guide
 
@@ -96,7 +96,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0, the same on every process."""
+    """Return a generator for integers >= 0; the last one says what it is used for."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -124,14 +124,14 @@ class Block(nn.Module):
         self.film = nn.Linear(c_time, 2 * c_out)
 
     def forward(self, x, temb):
-        gamma, beta = self.film(temb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.film(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + gamma) + beta
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """Three levels, each of half the size, round a vector that d1, d2, d3 bypass."""
+    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -176,7 +176,7 @@ class DDPM(nn.Module):
     """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
 
     def __init__(self, net, T=1000):
-        super().__init__()  # beta, alphabar: (T+1,), at t that of step t; at 0 no noise
+        super().__init__()  # beta, alphabar: (T+1,), indexed by t; alphabar[0] = 1
         self.net, self.T = net, T
         self.y, self.w = None, None  # what is asked for: see condition  # + guide
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
@@ -214,7 +214,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
         x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
@@ -257,7 +257,7 @@ def load_labels(cfg):
 
 
 def condition(ddpm, y=None, w=1.0):
-    """Let eps_hat answer for labels y (B,), None for none, and w, a number or (B,)."""
+    """Set what eps_hat answers: labels y (B,) or None; strength w, a number or (B,)."""
     ddpm.y = None if y is None else torch.as_tensor(y, device=ddpm.beta.device)
     ddpm.w = torch.as_tensor(w, dtype=torch.float32)
 
@@ -303,8 +303,7 @@ def join_processes(cfg):
     own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over a restart, with the addresses of the dead
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
     return own or torch.device("cpu"), rank, world
@@ -374,7 +373,7 @@ def save_grid(ema, ddpm, held, cfg, path):
 
 
 def save_run(out, epoch, state):
-    """Write metrics.csv and a checkpoint; killed midway, the last one is still good."""
+    """Write metrics.csv and a checkpoint; a kill in the middle leaves last.pt whole."""
     rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     (out / "metrics.csv").write_text(table)
@@ -405,6 +404,8 @@ def train(cfg):
     opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
     out, state = find_run(cfg)
     start, history, seen = state["step"], state["history"], []
+    if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
+        raise ValueError(f"the run in {out} has another number of images")
     if start:
         for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
             part.load_state_dict(state[name])
@@ -481,13 +482,13 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: run `python prepare.py celeba`, say")
+                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, AcceleratorError, OutOfMemoryError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+            print(f"{SCRIPT}.py: {e}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

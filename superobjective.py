@@ -19,8 +19,8 @@ the noise levels. With S = SNR = abar / (1 - abar), the squared error of eps_hat
     --weighting debias     1 / sqrt(S)           Yu et al. 2023, arXiv:2310.08442
 
     python superobjective.py                         8x8 digits, a minute on a CPU
-    torchrun --nproc_per_node=2 superobjective.py    the same run on two processes
-    python superobjective.py --objective eps --weighting none    off: the base's weights
+    torchrun --standalone --nproc_per_node=2 superobjective.py --out runs/two
+    python superobjective.py --objective eps --weighting none --out runs/off    the base
 
 In metrics.csv, loss is weighted; mse (in training) and held_loss are not, so these two
 compare objectives and weightings. They do not compare schedules: the same t is another
@@ -45,12 +45,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import AcceleratorError, OutOfMemoryError, nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).stem
-warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
+warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Config:
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
     lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
-    warmup: int = 50  # steps over which the learning rate rises to that line
+    warmup: int = 50  # first steps, over which the learning rate grows from near 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
@@ -80,7 +80,7 @@ class Config:
     objective: Literal["eps", "x0", "v"] = "v"  # + objective
     """what the network predicts: the noise, the image, or v"""  # + objective
     schedule: Literal["cosine", "linear", "sigmoid", "dns"] = "cosine"  # + objective
-    """how beta grows: as a line, like DDPM's, an S, or by t^2 (dns)"""  # + objective
+    """of the betas; linear is DDPM's own, dns grows as t squared"""  # + objective
     weighting: Literal["none", "min-snr", "p2", "debias"] = "min-snr"  # + objective
     """how much each noise level counts in the loss"""  # + objective
     min_snr_gamma: float = 5.0  # + objective
@@ -99,7 +99,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0, the same on every process."""
+    """Return a generator for integers >= 0; the last one says what it is used for."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -127,14 +127,14 @@ class Block(nn.Module):
         self.film = nn.Linear(c_time, 2 * c_out)
 
     def forward(self, x, temb):
-        gamma, beta = self.film(temb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.film(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + gamma) + beta
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """Three levels, each of half the size, round a vector that d1, d2, d3 bypass."""
+    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -175,7 +175,7 @@ class DDPM(nn.Module):
     """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
 
     def __init__(self, net, T=1000):
-        super().__init__()  # beta, alphabar: (T+1,), at t that of step t; at 0 no noise
+        super().__init__()  # beta, alphabar: (T+1,), indexed by t; alphabar[0] = 1
         self.net, self.T = net, T
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
         abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
@@ -221,7 +221,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
         x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
@@ -268,17 +268,17 @@ def betas(schedule, T):
 
 def weight_of_eps(cfg, snr):
     """Return the weight of the error of eps_hat in the loss at each SNR, like snr."""
-    # A squared error of x0 or v is that of eps times own. What the papers give as the
-    # weight of such an error is weight / own; an absolute error takes the root of own.
-    own = {"eps": snr**0, "x0": 1 / snr, "v": (snr + 1) / snr}[cfg.objective]
+    # The squared error of x0 or v is factor times that of eps, the absolute one root
+    # factor times. What the papers give as the weight of the former is weight / factor.
+    factor = {"eps": snr**0, "x0": 1 / snr, "v": (snr + 1) / snr}[cfg.objective]
     gamma = cfg.min_snr_gamma
     weight = {
-        "none": own,
-        "min-snr": snr.clamp(max=gamma) / snr if gamma else own,
+        "none": factor,
+        "min-snr": snr.clamp(max=gamma) / snr if gamma else factor,
         "p2": 1 / (1 + snr),
         "debias": snr**-0.5,
     }[cfg.weighting]
-    return weight if cfg.loss == "l2" else weight / own.sqrt()
+    return weight if cfg.loss == "l2" else weight / factor.sqrt()
 
 
 def aim(ddpm, cfg):
@@ -305,8 +305,7 @@ def join_processes(cfg):
     own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over a restart, with the addresses of the dead
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
     return own or torch.device("cpu"), rank, world
@@ -374,7 +373,7 @@ def save_grid(ema, ddpm, held, cfg, path):
 
 
 def save_run(out, epoch, state):
-    """Write metrics.csv and a checkpoint; killed midway, the last one is still good."""
+    """Write metrics.csv and a checkpoint; a kill in the middle leaves last.pt whole."""
     rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     (out / "metrics.csv").write_text(table)
@@ -404,6 +403,8 @@ def train(cfg):
     out, state = find_run(cfg)
     start, history, seen = state["step"], state["history"], []
     mses = []  # + objective
+    if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
+        raise ValueError(f"the run in {out} has another number of images")
     if start:
         for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
             part.load_state_dict(state[name])
@@ -476,13 +477,13 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: run `python prepare.py celeba`, say")
+                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, AcceleratorError, OutOfMemoryError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+            print(f"{SCRIPT}.py: {e}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

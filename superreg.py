@@ -2,13 +2,13 @@
 
 This is supercurriculum.py plus lines marked `# + reg` and one Idea section: the soft
 sister of supersparse.py. The loss is MSE + lambda(stage) Omega(W), where Omega is the
-sum of the L2 norms of all filters, the output channels of all convolutions, as in the
-group lasso (Yuan and Lin 2006). Over the stages lambda falls from 5e-5 to 0.
+sum of the L2 norms of all filters, the output channels of all convolutions. (In Yuan
+and Lin's group lasso, 2006, times the root of their size.) Lambda falls from 5e-5 to 0.
 
-    python superreg.py                            8x8 digits in about a minute
-    torchrun --nproc_per_node=2 superreg.py       the same on two processes
-    python superreg.py --reg prox                 exact zeros
-    python superreg.py --lambda-max 0             off: supercurriculum.py
+    python superreg.py                                8x8 digits in about a minute
+    torchrun --standalone --nproc_per_node=2 superreg.py --out runs/two
+    python superreg.py --reg prox --out runs/prox     exact zeros
+    python superreg.py --lambda-max 0 --out runs/off  off: supercurriculum.py
 
 Mind:
  1. `--reg penalty` adds Omega to the loss. Adam follows a subgradient and oscillates
@@ -17,8 +17,8 @@ Mind:
     eta lambda Omega: w (1 - eta lambda / |w|)_+, which gives zeros. Adam has a step
     size for each weight; here a filter of n weights has one, eta = lr / sqrt(mean v_hat
     + lambda^2 / n), where lambda^2 / n is the mean square of the penalty's gradient.
-    Without it, filters that have had no gradient yet would be emptied at step 1. (Equal
-    step sizes in a group: Yun, Lozano and Yang 2021, arXiv:2007.07639.)
+    Without that term, filters without a gradient so far would be emptied at step 1.
+    (Equal step sizes in a group: Yun, Lozano and Yang 2021, arXiv:2007.07639.)
  3. Most filters feed a GroupNorm, which undoes a common shrink: there Omega moves scale
     around and says little about function.
  4. Zeros are counted in the raw weights, and they all come back when lambda is 0.
@@ -44,12 +44,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import AcceleratorError, OutOfMemoryError, nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).stem
-warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
+warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Config:
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
     lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
-    warmup: int = 50  # steps over which the learning rate rises to that line
+    warmup: int = 50  # first steps, over which the learning rate grows from near 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
@@ -79,7 +79,7 @@ class Config:
     stages: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2, 0.0)  # + curriculum
     """lower edge of each stage; the upper edge is 1"""  # + curriculum
     epochs_per_stage: tuple[float, ...] = (5, 10, 15, 20, 30)  # + curriculum
-    """relative lengths of the stages; --epochs is the length of all"""  # + curriculum
+    """lengths of the stages in proportion; together they fill a run"""  # + curriculum
     stage_axis: Literal["t", "logsnr"] = "t"  # + curriculum
     """what the edges divide: t / T, or log-SNR from 10 down to -10"""  # + curriculum
     order: Literal["forward", "reverse", "none"] = "forward"  # + curriculum
@@ -87,7 +87,7 @@ class Config:
     reg: Literal["penalty", "prox", "none"] = "penalty"  # + reg
     """group L1 as a term of the loss, or as a proximal step"""  # + reg
     lambda_max: float = 5e-5  # + reg
-    """its strength lambda in the first stage"""  # + reg
+    """strength lambda of group L1 in the first stage"""  # + reg
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -99,12 +99,12 @@ class Config:
         e, n = self.stages, self.epochs_per_stage  # + curriculum
         fits = all(0 <= x <= 1 for x in e) and all(x > 0 for x in n)  # + curriculum
         if not n or len(e) != len(n) or not fits:  # + curriculum
-            raise ValueError("--stages are 0 to 1, each has its epochs")  # + curriculum
+            raise ValueError("--stages: 0 to 1, each of a length > 0")  # + curriculum
 
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0, the same on every process."""
+    """Return a generator for integers >= 0; the last one says what it is used for."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -132,14 +132,14 @@ class Block(nn.Module):
         self.film = nn.Linear(c_time, 2 * c_out)
 
     def forward(self, x, temb):
-        gamma, beta = self.film(temb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.film(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + gamma) + beta
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """Three levels, each of half the size, round a vector that d1, d2, d3 bypass."""
+    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -180,7 +180,7 @@ class DDPM(nn.Module):
     """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
 
     def __init__(self, net, T=1000):
-        super().__init__()  # beta, alphabar: (T+1,), at t that of step t; at 0 no noise
+        super().__init__()  # beta, alphabar: (T+1,), indexed by t; alphabar[0] = 1
         self.net, self.T = net, T
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
         abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
@@ -215,7 +215,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
         x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
@@ -309,8 +309,7 @@ def join_processes(cfg):
     own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over a restart, with the addresses of the dead
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
     return own or torch.device("cpu"), rank, world
@@ -377,7 +376,7 @@ def save_grid(ema, ddpm, held, cfg, path):
 
 
 def save_run(out, epoch, state):
-    """Write metrics.csv and a checkpoint; killed midway, the last one is still good."""
+    """Write metrics.csv and a checkpoint; a kill in the middle leaves last.pt whole."""
     rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     (out / "metrics.csv").write_text(table)
@@ -406,6 +405,8 @@ def train(cfg):
     opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
     out, state = find_run(cfg)
     start, history, seen = state["step"], state["history"], []
+    if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
+        raise ValueError(f"the run in {out} has another number of images")
     if start:
         for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
             part.load_state_dict(state[name])
@@ -493,13 +494,13 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: run `python prepare.py celeba`, say")
+                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, AcceleratorError, OutOfMemoryError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+            print(f"{SCRIPT}.py: {e}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

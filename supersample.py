@@ -1,11 +1,11 @@
 """Samplers: four ways from noise to an image, for a checkpoint of any script here.
 
-A sampler needs no more of a model than `predict(xt, t)` and alphabar. So there is no
-network and no training here: the script that wrote a checkpoint also reads it, and
-objective, schedule, mask, labels and architecture mean what they meant in training. The
-heart is `solve`.
+A sampler needs no more of a model than `predict`, `p_sample` and alphabar. So there is
+no network here: the script that wrote a checkpoint also reads it, and objective,
+schedule, mask, labels and architecture mean what they meant in training. The heart is
+`solve`.
 
-    python supersample.py                      64 images of superminddpm.py's own run
+    python supersample.py       64 images of superminddpm.py's run (trained if missing)
     python supersample.py --sample runs/superarch-digits/last.pt --n-samples 100
     python supersample.py --sampler dpmpp --sampling-steps 10 --out runs/fast
     python supersample.py --sample runs/superguide-digits/last.pt --guidance 0 1 3
@@ -18,7 +18,8 @@ Algorithm 1), and dpmpp, one (DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095
 
 Unlike the papers: x0_hat is clipped at each step; heun steps in the angle whose tangent
 is sigma. (In sigma itself, which the cosine schedule starts at 20,000, it goes astray.)
-Image i depends on the seed and i alone, not on --batch or the number of processes.
+An image depends on the seed, its number, label and guidance; not on --batch or the
+number of processes.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -51,7 +52,7 @@ class Config:
     n_samples: int = 64  # number of images: 000000.png, 000001.png ..., and a grid
     batch: int = 64  # images drawn at a time, over all processes together
     sampler: Literal["ddpm", "ddim", "heun", "dpmpp"] = "ddim"  # the solver
-    sampling_steps: int = 50  # evaluations of the network, at most T
+    sampling_steps: int = 50  # evaluations of the network (with guidance, of two), <= T
     eta: float = 0.0  # fresh noise of ddim, from 0 (none) to 1 (as in ddpm)
     labels: tuple[int, ...] = ()  # what superguide.py's network draws (empty: all)
     guidance: tuple[float, ...] = (1.0,)  # 0 ignores the label, above 1 exaggerates it
@@ -76,7 +77,7 @@ class Config:
 # ---- 2. Samplers -------------------------------------------------------------------
 @torch.no_grad()
 def solve(ddpm, xt, sampler="ddim", steps=50, eta=0.0, noise=None):
-    """Return images in [-1, 1] from the noise xt, by `steps` calls of the network.
+    """Return images in [-1, 1] from the noise xt, by `steps` calls of `predict`.
 
     noise(k): fresh noise for step k = 1, 2 ..., for ddpm, and for ddim with eta > 0.
     """
@@ -101,7 +102,7 @@ def solve(ddpm, xt, sampler="ddim", steps=50, eta=0.0, noise=None):
                 middle = x0_hat + slope * (torch.log(cos_s / sin_s) - lam) / 2
             older = x0_hat, lam
             xt = sin_s / sin * xt + (cos_s - sin_s / sin * cos) * middle
-        else:  # also the last step of heun, which leads to x0_hat
+        else:  # heun as well, when one call is left: the last step leads to x0_hat
             xt = ddpm.p_sample(xt, t, s, eta, noise(k) if eta else 0.0)
     return xt.clamp(-1, 1)
 
@@ -121,13 +122,13 @@ def open_model(path, ema=True):
 
 
 def find_model(cfg):
-    """Return the checkpoint's path, script and model; the default one is trained."""
+    """Return script and model of --sample; the default one is trained if missing."""
     path = Path(cfg.sample).expanduser()
     if cfg.sample == Config.sample and not path.exists():
         base = import_module("superminddpm")
         base.train(base.Config(device=cfg.device, quiet=cfg.quiet))
         sync()  # process 0 has saved the run
-    return path, *open_model(path, cfg.ema)
+    return open_model(path, cfg.ema)
 
 
 def sync():
@@ -138,8 +139,8 @@ def sync():
 
 # ---- 4. Drawing --------------------------------------------------------------------
 def draw_batch(script, model, cfg, plan):
-    """Return one image for each (label, strength, number of its noise) in plan."""
-    labels, strengths, numbers = zip(*plan, strict=True)
+    """Return one image for each (label, guidance, number of its noise) in plan."""
+    labels, guidance, numbers = zip(*plan, strict=True)
     device, channels = model.beta.device, getattr(model, "channels", model.shape[0])
 
     def noise(k):
@@ -150,7 +151,7 @@ def draw_batch(script, model, cfg, plan):
         return z.to(device)
 
     if hasattr(model.net, "classes"):
-        script.condition(model, labels, strengths)
+        script.condition(model, labels, guidance)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         x0 = solve(model, noise(0), cfg.sampler, cfg.sampling_steps, cfg.eta, noise)
     x0 = ((x0 + 1) * 127.5).round().byte().cpu().unflatten(1, (-1, channels))
@@ -177,19 +178,21 @@ def save_sheet(out, n, columns):
 
 def draw(cfg):
     """Write --n-samples images of a checkpoint and their grid; return the folder."""
-    path, script, model = find_model(cfg)
-    device, rank, world = script.join_processes(cfg)
-    out = Path(cfg.out).expanduser() if cfg.out else path.parent / "samples"
+    out = Path(cfg.out or Path(cfg.sample).with_name("samples")).expanduser()
     if any(out.glob("*")):
         raise ValueError(f"{out} is not empty: choose another --out")
+    script, model = find_model(cfg)
+    device, rank, world = script.join_processes(cfg)
     classes = script.CLASSES if hasattr(model.net, "classes") else 0
     if not {*cfg.labels} <= {*range(classes)} or cfg.guidance != (1.0,) and not classes:
-        raise ValueError(f"--labels, --guidance: {path} knows {classes} labels")
+        known = f"labels 0 to {classes - 1}" if classes else "no labels"
+        raise ValueError(f"--labels, --guidance: {cfg.sample} has {known}")
     if cfg.sampling_steps > model.T:
         raise ValueError(f"--sampling-steps is at most {model.T}")
-    n, labels, ws = cfg.n_samples, cfg.labels or range(classes) or [None], cfg.guidance
-    turns = [divmod(i, len(ws)) for i in range(n)]  # the strength changes first
-    plan = [(labels[z % len(labels)], ws[k], z) for z, k in turns]  # z: which noise
+    n, guidance, labels = cfg.n_samples, cfg.guidance, cfg.labels or range(classes)
+    labels = labels or [None]
+    turns = [divmod(i, len(guidance)) for i in range(n)]  # guidance changes first
+    plan = [(labels[z % len(labels)], guidance[k], z) for z, k in turns]  # z: the noise
     sync()  # all have looked at the folder
     out.mkdir(parents=True, exist_ok=True)
     model, mine, share = model.to(device), range(rank, n, world), -(-cfg.batch // world)
@@ -200,10 +203,11 @@ def draw(cfg):
             image.save(out / f"{i:06}.png")
     sync()
     if rank == 0:
-        save_sheet(out, min(n, 400), len(ws) if len(ws) > 1 else len(labels))
+        columns = len(guidance) if len(guidance) > 1 else len(labels)
+        save_sheet(out, min(n, 400), columns)
     if rank == 0 and classes:
         rows = [f"{i:06}.png,{y},{w:g}\n" for i, (y, w, _) in enumerate(plan)]
-        (out / "labels.csv").write_text("file,label,strength\n" + "".join(rows))
+        (out / "labels.csv").write_text("file,label,guidance\n" + "".join(rows))
     return out
 
 

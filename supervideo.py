@@ -4,18 +4,18 @@ A clip is F frames under one t. To the UNet they are F images, so that alone it 
 draw each of them on its own. Two things tie them together; here is the heart of both:
 
     frames[f] = rho * frames[f - 1] + (1 - rho**2) ** 0.5 * frames[f]     in correlate
-    h = self.mix(h)  # a convolution along the frames, which starts at 0    in Block
+    h = self.mix(h)     in Block: adds a convolution along the frames, at first 0
 
     python supervideo.py                          moving digits, a minute on a CPU
-    torchrun --nproc_per_node=2 supervideo.py     the same run on two processes
-    python supervideo.py --no-temporal --noise shared     control: nothing can move
+    torchrun --standalone --nproc_per_node=2 supervideo.py --out runs/two
+    python supervideo.py --no-temporal --noise shared --out runs/still  nothing can move
     python supervideo.py --data data/frames32     clips, or images to be set moving
-    python supervideo.py --seq-len 1              off: with its options, the base
+    python supervideo.py --seq-len 1 --epochs 180 --batch 128 --out runs/off    the base
 
-rho is --correlation, or 1 or 0, as --noise says (Ge et al. 2023, arXiv:2305.10474); the
-layer is from Singer et al. 2022, arXiv:2209.14792. The penalty on errors that differ
-from frame to frame, from a fork of minDiffusion, calms but moves nothing. Shared noise
-harms the layers: it cancels in the differences of frames that show them the motion.
+rho is --correlation, or 1 or 0, as --noise says (the progressive noise of Ge et al.
+2023, arXiv:2305.10474); the layer is from Singer et al. 2022, arXiv:2209.14792. The
+penalty on errors that differ from frame to frame, from a fork of minDiffusion, makes
+clips calmer but moves nothing.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -37,12 +37,12 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image  # + video
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import AcceleratorError, OutOfMemoryError, nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).stem
-warnings.filterwarnings("ignore", message=".*not writable")  # mapped images are not
+warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Config:
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
     lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
-    warmup: int = 50  # steps over which the learning rate rises to that line
+    warmup: int = 50  # first steps, over which the learning rate grows from near 0
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
@@ -71,6 +71,7 @@ class Config:
     quiet: bool = False  # no progress bar and no messages
     epochs: int = 8  # + video
     batch: int = 8  # + video
+    every: int = 4  # + video
     seq_len: int = 8  # + video
     """frames of a clip (1: images, as in superminddpm.py)"""  # + video
     temporal: bool = True  # + video
@@ -98,7 +99,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0, the same on every process."""
+    """Return a generator for integers >= 0; the last one says what it is used for."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -129,15 +130,15 @@ class Block(nn.Module):
         self.mix = nn.Identity()  # MixFrames, where there are frames to mix  # + video
 
     def forward(self, x, temb):
-        gamma, beta = self.film(temb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.film(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.mix(h)  # + video
-        h = self.norm2(h) * (1 + gamma) + beta
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class UNet(nn.Module):
-    """Three levels, each of half the size, round a vector that d1, d2, d3 bypass."""
+    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -178,7 +179,7 @@ class DDPM(nn.Module):
     """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
 
     def __init__(self, net, T=1000):
-        super().__init__()  # beta, alphabar: (T+1,), at t that of step t; at 0 no noise
+        super().__init__()  # beta, alphabar: (T+1,), indexed by t; alphabar[0] = 1
         self.net, self.T = net, T
         self.channels, self.correlation, self.reg_weight = None, 0.0, None  # + video
         place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
@@ -223,7 +224,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        eta 1, s = t - 1 is Algorithm 2, its sigma^2 = beta-tilde:
+        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
         x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
@@ -309,8 +310,7 @@ def join_processes(cfg):
     own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over a restart, with the addresses of the dead
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
     return own or torch.device("cpu"), rank, world
@@ -393,7 +393,7 @@ def save_grid(ema, ddpm, held, cfg, path):
 
 
 def save_run(out, epoch, state):
-    """Write metrics.csv and a checkpoint; killed midway, the last one is still good."""
+    """Write metrics.csv and a checkpoint; a kill in the middle leaves last.pt whole."""
     rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     (out / "metrics.csv").write_text(table)
@@ -424,6 +424,8 @@ def train(cfg):
     opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
     out, state = find_run(cfg)
     start, history, seen = state["step"], state["history"], []
+    if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
+        raise ValueError(f"the run in {out} has another number of images")
     if start:
         for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
             part.load_state_dict(state[name])
@@ -491,13 +493,13 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: run `python prepare.py celeba`, say")
+                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, AcceleratorError, OutOfMemoryError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+            print(f"{SCRIPT}.py: {e}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

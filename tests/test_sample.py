@@ -296,8 +296,8 @@ BAD = {
     "--seed -1": "--seed 0 or more",
     "--sampling-steps 2000": "--sampling-steps is at most 1000",
     "--sampler euler": "euler",
-    "--labels 3": "run/last.pt knows 0 labels",
-    "--guidance 3": "run/last.pt knows 0 labels",
+    "--labels 3": "run/last.pt has no labels",
+    "--guidance 3": "run/last.pt has no labels",
     "--n-feat 24": "--n-feat",
     "--sampler heun --eta 1": "--eta is for --sampler ddim",
 }
@@ -314,7 +314,7 @@ def test_what_is_impossible_or_has_no_effect_is_refused(capsys, options):
 def test_labels_that_are_not_there_and_full_folders_are_refused(capsys):
     make("superguide")
     assert draw("a", "--labels 3 10") == 2 and not Path("a").exists()
-    assert "run/last.pt knows 10 labels" in capsys.readouterr().err
+    assert "run/last.pt has labels 0 to 9" in capsys.readouterr().err
     Path("full").mkdir()
     Path("full/mine.txt").write_text("")
     assert draw("full") == 2 and len([*Path("full").iterdir()]) == 1

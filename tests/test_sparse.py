@@ -129,7 +129,7 @@ def test_a_newborn_channel_takes_the_steps_that_the_docstring_says(tiny):
     ages = torch.arange(1, 102)
     want = (1 - 0.9**ages) / (1 - 0.99**ages).sqrt()  # a fresh one takes steps of 1
     assert lengths[2000:] == pytest.approx(want.tolist(), rel=1e-3)
-    said = re.search(r"up to (\S+) times .*, (\S+) times aft", supersparse.__doc__)
+    said = re.search(r"up to (\S+) times .*, (\S+)\s+times aft", supersparse.__doc__)
     assert said.groups() == (f"{max(lengths):.1f}", f"{lengths[2099]:.1f}")
 
 
@@ -240,5 +240,5 @@ def test_two_processes_score_as_one():
 def test_sparsities_that_make_no_sense_are_refused(line, capsys):
     assert command_line(supersparse, f"{line} --steps 1 --quiet") == 2
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "--sparsity falls from below 1, one a stage" in shown
+    assert "--sparsity: one a stage, < 1, never rising" in shown
     assert "Traceback" not in shown and not Path("runs").exists()

@@ -453,6 +453,16 @@ def test_on_resume_more_steps_are_fine_and_other_options_are_refused_by_name(
     assert "nothing left to do: run is at step 7 of 5" in capsys.readouterr().out
 
 
+def test_a_run_is_not_resumed_with_more_or_fewer_images(tiny):
+    """Its epochs would be others, and older grids and checkpoints be overwritten."""
+    run("run", steps=12)
+    images = np.load("tiny/train.npy")
+    for other in (np.concatenate([images, images]), images[:96]):
+        np.save("tiny/train.npy", other)
+        with pytest.raises(ValueError, match="run in run has another number of images"):
+            run("run", steps=30, resume=True)
+
+
 def test_compile_leaves_clean_keys(tiny):
     """A backend that compiles nothing shows the keys as well as a real one."""
     compiled = torch.nn.Module.compile
@@ -557,7 +567,7 @@ def test_help_explains_every_option(capsys):
 
 BAD = {
     "--bogus 3": "--bogus",
-    "--data imagenet": "no imagenet/recipe.json: run `python prepare.py",
+    "--data imagenet": "no imagenet/recipe.json: make it, as `python prepare.py",
     "--lr much": "--lr",
     "--batch 0": "--batch cannot be 0",
     "--batch -4": "--batch cannot be -4",
