@@ -33,7 +33,6 @@ import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from sklearn.datasets import load_digits
-from torch import AcceleratorError, OutOfMemoryError, nn
+from torch import nn
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
@@ -57,7 +56,7 @@ class Config:
 
     data: str = "digits"  # digits (nothing to download), or a folder made by prepare.py
     n_feat: int = 16  # width of the network in channels, a multiple of 8
-    T: int = 1000  # number of noise levels
+    T: int = 1000  # number of noise levels, 50 or more
     epochs: int = 180  # passes over the training images
     steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
     batch: int = 128  # images per step, over all processes together
@@ -84,11 +83,10 @@ class Config:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            least = 1 if name in ("n_feat", "epochs", "batch", "every") else 0
-            if isinstance(value, (int, float)) and not least <= value < 2**63:
+            least = 50 if name == "T" else name in "n_feat epochs batch every".split()
+            odd = name == "n_feat" and value % 8 or name == "ema_decay" and value >= 1
+            if odd or isinstance(value, (int, float)) and not least <= value < 2**63:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
-        if self.n_feat % 8 or self.T < 50 or self.ema_decay >= 1:
-            raise ValueError("--n-feat is 8, 16 ..., --T 50 or more, --ema-decay < 1")
         w = torch.tensor(self.guidance)  # + guide
         if self.p_uncond > 1 or not len(w) or not w.isfinite().all():  # + guide
             raise ValueError("--p-uncond is 0 to 1, --guidance numbers")  # + guide
@@ -406,36 +404,36 @@ def train(cfg):
     start, history, seen = state["step"], state["history"], []
     if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
         raise ValueError(f"the run in {out} has another number of images")
-    if start:
-        for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")):
-            part.load_state_dict(state[name])
+    for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")) if start else ():
+        part.load_state_dict(state[name])
     if cfg.compile:
         ddpm.net.compile()
     model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm
     if cfg.wandb and rank == 0:
-        log = import_module("wandb").init(project=SCRIPT, config=asdict(cfg)).log
+        from wandb import init  # optional
+
+        log = init(project=SCRIPT, config=asdict(cfg)).log
     out.mkdir(parents=True, exist_ok=True)
-    mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     quiet = cfg.quiet or rank > 0
     if start >= total and not quiet:
-        print(f"nothing left to do: {out} is at step {start} of {total}")
+        print(f"nothing to do: {out} is at step {start} of {total}", file=sys.stderr)
     bar = tqdm(range(start, total), str(out), total, initial=start, disable=quiet)
     for step in bar:
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             g = rng("cpu", cfg.seed, epoch, 1)
             order = torch.randperm(len(images), generator=g).to(images.device)
-        index = order[i * cfg.batch : (i + 1) * cfg.batch][mine]
+        index = order[i * cfg.batch : (i + 1) * cfg.batch][rank::world]
         x0 = images[index].to(device) / 127.5 - 1
         x0 = x0.flip(-1) if cfg.flip and step % 2 else x0
         g = rng(device, cfg.seed, step, 2)  # all processes draw for the whole batch
         t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
         if cfg.class_cond:  # + guide
-            drop = dropped(cfg, step, device)[mine]  # + guide
+            drop = dropped(cfg, step, device)[rank::world]  # + guide
             condition(ddpm, labels[index].masked_fill(drop, NO_LABEL))  # + guide
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-            loss = model(x0, t[mine], eps[mine])
+            loss = model(x0, t[rank::world], eps[rank::world])
         condition(ddpm)  # + guide
         seen.append(loss.detach())
         opt.zero_grad()
@@ -486,9 +484,11 @@ def main():
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)
-    except (ValueError, OSError, ImportError, AcceleratorError, OutOfMemoryError) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {e}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # a mistake in the code, not a full GPU
+            raise
+        if isinstance(error, RuntimeError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{SCRIPT}.py:", *str(error).split()[:60], file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -215,9 +215,11 @@ def draw(cfg):
 def main():
     try:
         draw(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would repeat it
-            print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # a mistake in the code, not a full GPU
+            raise
+        if isinstance(error, RuntimeError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{SCRIPT}.py:", *str(error).split()[:60], file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

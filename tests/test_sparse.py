@@ -129,7 +129,7 @@ def test_a_newborn_channel_takes_the_steps_that_the_docstring_says(tiny):
     ages = torch.arange(1, 102)
     want = (1 - 0.9**ages) / (1 - 0.99**ages).sqrt()  # a fresh one takes steps of 1
     assert lengths[2000:] == pytest.approx(want.tolist(), rel=1e-3)
-    said = re.search(r"up to (\S+) times .*, (\S+)\s+times aft", supersparse.__doc__)
+    said = re.search(r"up to (\S+) times .*, (\S+) times after", supersparse.__doc__)
     assert said.groups() == (f"{max(lengths):.1f}", f"{lengths[2099]:.1f}")
 
 

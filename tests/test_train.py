@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.run
 from conftest import ROOT, assert_same_run, command_line, finish, start, state
 from torchvision.io import ImageReadMode, decode_image
@@ -448,9 +449,9 @@ def test_on_resume_more_steps_are_fine_and_other_options_are_refused_by_name(
     assert run("run", steps=7, resume=True, every=2)["step"] == 7
     with pytest.raises(ValueError, match="the run in run has another n_feat, lr$"):
         run("run", steps=9, resume=True, lr=1e-3, n_feat=16)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     assert run("run", steps=5, resume=True, quiet=False)["step"] == 7
-    assert "nothing left to do: run is at step 7 of 5" in capsys.readouterr().out
+    assert "nothing to do: run is at step 7 of 5" in capsys.readouterr().err
 
 
 def test_a_run_is_not_resumed_with_more_or_fewer_images(tiny):
@@ -575,10 +576,11 @@ BAD = {
     "--epochs -1": "--epochs cannot be -1",
     "--lr nan": "--lr cannot be nan",
     "--lr inf": "--lr cannot be inf",
-    "--n-feat 20": "--n-feat is 8, 16",
+    "--n-feat 20": "--n-feat cannot be 20",
     "--n-feat 0": "--n-feat cannot be 0",
-    "--T 49": "--T 50 or more",
-    "--ema-decay 1": "--ema-decay < 1",
+    "--T 49": "--T cannot be 49",
+    "--ema-decay 1": "--ema-decay cannot be 1.0",
+    "--epoch 3": "--epoch",  # no option is known by its beginning
     "--seed 99999999999999999999": "--seed cannot be 99999999999999999999",
     "--device cuda": "rank 0 of 1 cannot run on 0 cuda devices",
     "--device gpu": "--device",
@@ -633,6 +635,78 @@ def test_wandb_gets_the_metrics(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run("run", steps=10, wandb=True)
     assert [row["step"] for row in rows] == [5, 10] and rows[0]["held_loss"] > 0
+
+
+def test_a_folder_named_wandb_is_not_the_package(tiny, monkeypatch, capsys, tmp_path):
+    Path("wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert command_line(base, "--data tiny --wandb") == 2
+    assert "cannot import name 'init' from 'wandb'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["memory", "accelerator", "network"])
+def test_a_fault_of_the_machine_gives_one_line(monkeypatch, capsys, kind):
+    """Of every process that has it: another one's would not say whose GPU is full."""
+    kinds = {"memory": torch.OutOfMemoryError, "network": dist.DistNetworkError}
+    kinds["accelerator"] = torch.AcceleratorError
+
+    def fail(cfg):
+        error = kinds[kind].__new__(kinds[kind])
+        error.args = ("the GPU is full,\n or\n something like it",)
+        raise error
+
+    monkeypatch.setattr(base, "train", fail)
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert command_line(base, "") == 2
+        line = "superminddpm.py: the GPU is full, or something like it\n"
+        assert capsys.readouterr().err == line
+
+
+def test_a_mistake_in_the_code_shows_where(monkeypatch):
+    monkeypatch.setattr(base, "train", lambda cfg: torch.ones(2, 3) @ torch.ones(2))
+    monkeypatch.setattr(sys, "argv", ["superminddpm.py"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        base.main()
+
+
+def test_a_busy_port_gives_one_line(tiny, monkeypatch, capsys):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        for name, value in group.items():
+            monkeypatch.setenv(name, value)
+        assert command_line(base, "--data tiny --out run") == 2
+    said = capsys.readouterr().err
+    assert said.count("superminddpm.py: ") == 1 and "in use" in said
+    assert "Traceback" not in said and not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_gives_one_line(tiny):
+    command = [sys.executable, str(ROOT / "superminddpm.py"), "--data", "tiny"]
+    command += ["--compile", "--steps", "1", "--out", "run"]
+    cache = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": os.getcwd()}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | cache
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    lines = [x for x in done.stderr.splitlines() if x.startswith("superminddpm.py: ")]
+    assert len(lines) == 1 and "compiler" in lines[0]
+
+
+def test_a_name_that_the_terminal_cannot_show(tiny):
+    """Nor does the last line of a finished run end in an error."""
+    command = [sys.executable, str(ROOT / "superminddpm.py"), "--data", "tiny"]
+    command += ["--steps", "1", "--resume", "--out", "run-\u00e9\u4e2d"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "1"}
+    for _ in "12":
+        done = subprocess.run(command, capture_output=True, env=env)
+        assert done.returncode == 0, done.stderr
+    assert b"nothing to do: run-" in done.stderr
 
 
 def test_importing_does_nothing():
