@@ -1,18 +1,22 @@
 """Do the ideas help? Train every arm on the same images, with the same noise and seeds.
 
-    python benchmarks/compare.py --name mine     digits, 3 seeds: half an hour on a CPU
+    python benchmarks/compare.py --name mine     digits, 8 seeds: 3 hours on a CPU core
     python benchmarks/compare.py --name mine --arms base curriculum --seeds 5
-    python benchmarks/compare.py --data data/celeba32 --n-samples 1000 --curve 4
+    python benchmarks/compare.py --data data/celeba32 --seeds 3 --curve 4
 
-An arm is a script with options. At the same step all arms see the same images with the
-same noise; for one seed they start from equal weights. So runs with one seed form a
-pair. What is compared is the held-out loss of the averaged weights, the mean over ten
-fixed noise levels, each with fixed noise, and by noise level; and with --n-samples the
-distances of drawn to real images by measures.py, with averaged and with raw weights.
-They are drawn by DDIM in 50 steps, for one seed from the same x_T in all arms. Beside
-them stands the floor, what as many held-out images score. What an arm costs is the time
-of its training over that of base, the median of the pairs (processor time; with a GPU
-time by the clock, so leave the machine alone).
+An arm is a script with options, and for some a density of t of its own (DENSITIES). At
+the same step all arms see the same images with the same noise; for one seed they start
+from equal weights. So runs with one seed form a pair.
+
+What decides is what the averaged weights draw (DDIM, 50 steps, for one seed from the
+same x_T in all arms): the log of the Frechet distance to the training images in the
+features of a net that tells their classes, over the distance that as many real ones
+would have. Beside it stand the same in principal components, a bound on the negative
+log-likelihood in nats, and the held-out loss by noise level, a mean over 8 draws of the
+noise, with what could be known at that level (gauge.py). The mean over the levels is
+but one more column: low noise dominates it. What an arm costs is the time of its
+training over that of base, the median of the pairs (processor time; with a GPU time
+by the clock, so leave the machine alone).
 
 Each finished run is a line of benchmarks/results/compare-NAME.jsonl, where NAME is
 --name or the data. A second call does only what is missing, also after a kill, and one
@@ -20,10 +24,9 @@ with another protocol is refused. The tables go to compare-NAME.txt, and some im
 that the runs of seed 0 drew, never real ones, to compare-NAME.npz. The stored digits,
 mnist and faces16 are of an earlier base, so give your own runs another name.
 
-The verdict on an arm, by a rule fixed beforehand: with d the difference to base within
-pairs, an arm is better or worse if |mean d| > q se(d), where q is the 97.5 % quantile
-of Student's t with (seeds - 1) degrees of freedom, and tied otherwise. Over many arms
-some such verdicts are chance: one in 20 where nothing helps.
+The verdict on an arm, by a rule fixed beforehand: better or worse if the interval of
+its mean difference to base leaves out 0, else tied. The intervals hold together with
+95 %, over all arms (Bonferroni), with a variance pooled over arms and seeds (ranking).
 """
 
 import importlib
@@ -33,6 +36,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -41,6 +45,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import gauge
 import measures
 import numpy as np
 import torch
@@ -56,6 +61,9 @@ ARMS = {
     "curriculum": ("supercurriculum", {}),
     "reverse": ("supercurriculum", {"order": "reverse"}),
     "shuffled": ("supercurriculum", {"order": "none"}),  # the curriculum's t unordered
+    "reverse, shuffled": ("supercurriculum", {"order": "reverse"}),
+    "high noise first": ("supercurriculum", {}),  # both: all t equally often in the run
+    "low noise first": ("supercurriculum", {}),
     "sparse gradient": ("supersparse", {}),
     "sparse random": ("supersparse", {"regrow": "random"}),
     "sparse without curriculum": ("supersparse", {"stages": (0.0,) * 5}),
@@ -63,6 +71,50 @@ ARMS = {
     "reg prox": ("superreg", {"reg": "prox"}),
     "curriculum in log-SNR": ("supercurriculum", {"stage_axis": "logsnr"}),
     "Min-SNR": ("superobjective", {"objective": "eps", "weighting": "min-snr"}),
+    "SpeeD": ("supercurriculum", {"stages": (0.0,), "epochs_per_stage": (1.0,)}),
+    "logit-normal": ("supercurriculum", {"stages": (0.0,), "epochs_per_stage": (1.0,)}),
+}
+
+
+def unordered(cfg, p):
+    """Return for each stage the average of all stages' densities p (stages, T)."""
+    shares = torch.tensor(cfg.epochs_per_stage)
+    return (shares / shares.sum() @ p).expand_as(p)
+
+
+def tilted(cfg, p, sign):
+    """Return densities that lean to high t at first, to low t at last; sign -1: not so.
+
+    Linear in t, so that the average over the run is uniform: order without density.
+    """
+    shares = torch.tensor(cfg.epochs_per_stage) / sum(cfg.epochs_per_stage)
+    middle = (shares.cumsum(0) - shares / 2)[:, None]  # of each stage, as a share
+    t = torch.arange(1, cfg.T + 1)
+    return (1 + sign * (1 - 2 * middle) * (2 * t - cfg.T - 1) / cfg.T) / cfg.T
+
+
+def asymmetric(cfg, p):
+    """Return SpeeD's density: t up to 0.7 T five times as often as others.
+
+    Wang et al. 2024, arXiv:2405.17403, Sec. 3.2.
+    """
+    weight = torch.where(torch.arange(1, cfg.T + 1) <= 0.7 * cfg.T, 5.0, 1.0)
+    return (weight / weight.sum()).expand_as(p)
+
+
+def logit_normal(cfg, p):
+    """Return the density of t / T = sigmoid(z), z normal (Esser et al. 2024)."""
+    place = (torch.arange(1, cfg.T + 1) - 0.5) / cfg.T
+    weight = torch.exp(-(place.logit() ** 2) / 2) / place / (1 - place)
+    return (weight / weight.sum()).expand_as(p)
+
+
+DENSITIES = {  # how often each t is drawn, in place of what the script's options say
+    "reverse, shuffled": unordered,
+    "high noise first": partial(tilted, sign=1),
+    "low noise first": partial(tilted, sign=-1),
+    "SpeeD": asymmetric,
+    "logit-normal": logit_normal,
 }
 
 PAIRS = (  # what else is compared: the first less the second
@@ -75,6 +127,9 @@ PAIRS = (  # what else is compared: the first less the second
 )
 
 MEASURES = {  # what is judged, and how differences are written
+    "log frechet net": ("log(Frechet distance / floor), features of a net", ".3f"),
+    "log frechet pca": ("log(Frechet distance / floor), principal components", ".3f"),
+    "nats": ("bound on the negative log-likelihood, nats a dimension", ".4f"),
     "held_loss": ("held-out loss, averaged weights", ".4f"),
     "frechet net": ("Frechet distance, features of a trained net", ".3f"),
     "kernel net": ("kernel distance, features of a trained net", ".4f"),
@@ -82,6 +137,7 @@ MEASURES = {  # what is judged, and how differences are written
     "kernel pca": ("kernel distance, principal components", ".4f"),
     "sliced wasserstein": ("sliced Wasserstein distance of patches", ".2f"),
 }
+DRAWS = 8  # of the held-out noise, for each loss
 FREE = "data seed steps every device compile out resume wandb quiet".split()
 
 
@@ -95,9 +151,9 @@ class Options:
     batch: int = 0  # images a step
     lr: float = 0.0  # highest learning rate
     steps: int = 0  # the budget: optimizer steps of base (0: the recipe's epochs)
-    seeds: int = 3  # seeds 0 .. N - 1 of every arm
+    seeds: int = 8  # seeds 0 .. N - 1 of every arm
     arms: tuple[Literal[tuple(ARMS)], ...] = tuple(ARMS)  # which of them
-    n_samples: int = 0  # images drawn from each run, to be measured (0: none)
+    n_samples: int = 0  # drawn from each run (0: as many as there are to train on)
     curve: int = 0  # epochs between the points of a kept loss curve (0: keep none)
 
     def __post_init__(self):
@@ -123,7 +179,7 @@ def configure(options, key):
     return module, module.Config(**(recipe | own | how))
 
 
-def train(module, cfg):
+def train(module, cfg, density=None):
     """Train a run, unless it is finished; return its seconds, None if it went on.
 
     Held-out losses, grids and checkpoints do not count: arms with stages have more.
@@ -145,6 +201,13 @@ def train(module, cfg):
         for name in ("held_out_loss", "save_grid", "save_run"):
             new = timed(getattr(module, name))
             stack.enter_context(patch.object(module, name, new))
+        if density:
+            own = module.stage_density
+
+            def stage_density(cfg, alphabar):
+                return density(cfg, own(cfg, alphabar))
+
+            stack.enter_context(patch.object(module, "stage_density", stage_density))
         module.train(cfg)
     return round(clock() - begin - sum(apart), 2) if fresh else None
 
@@ -171,17 +234,18 @@ def draw_stages(module, out):
 def run(options, key, scores):
     """Train and score one run; return its line of the results."""
     module, cfg = configure(options, key)
-    seconds = train(module, cfg)
-    history = module.read_checkpoint(Path(cfg.out, "last.pt"))["history"]
-    row = history[-1]
-    line = {**key, "decay": True, "held_loss": row["held_loss"]}
-    line["train_loss"] = row["loss"]
-    line |= {name: value for name, value in row.items() if name.startswith("held_t")}
+    seconds = train(module, cfg, DENSITIES.get(key["arm"]))
+    path = Path(cfg.out, "last.pt")
+    ddpm, history = module.load(path), module.read_checkpoint(path)["history"]
+    row, held = history[-1], module.load_images(cfg)[1]
+    levels = [int(name[6:]) for name in row if name.startswith("held_t")]
+    losses = [gauge.net_loss(ddpm, held, t, DRAWS) for t in levels]
+    line = {**key, "decay": True, "held_loss": float(np.mean(losses))}
+    line |= {"train_loss": row["loss"], "nats": gauge.nats(ddpm, held)}
+    line |= {f"held_t{t}": x for t, x in zip(levels, losses, strict=True)}
     line |= {"step": row["step"], "train_seconds": seconds}
-    for ema in (True, False) if scores else ():
-        drawn = draw(module, cfg.out, options.n_samples, key["seed"], ema)
-        found = scores.distances(drawn)
-        line |= {name if ema else f"raw {name}": d for name, d in found.items()}
+    drawn = draw(module, cfg.out, number(options), key["seed"])
+    line |= scores.log_ratios(drawn) | scores.distances(drawn)
     if options.curve:
         names = ("step", "loss", "held_loss")
         line["curve"] = [[row[name] for name in names] for row in history]
@@ -196,6 +260,29 @@ def verdict(difference):
     if abs(mean) <= student.ppf(0.975, n - 1) * se:
         return mean, se, "tied"
     return mean, se, "better" if mean < 0 else "worse"
+
+
+def ranking(runs, measure):
+    """Return {arm: (mean, low, high, verdict)} of the differences to base in a measure.
+
+    Over the seeds that all arms have. The variance is pooled: of what is left when the
+    mean of each arm and of each seed is taken away. The intervals hold together with
+    95 % (Bonferroni over the arms); tied means that 0 is inside. {}: too few runs.
+    """
+    seeds = sorted(set.intersection(*(set(own) for own in runs.values())))
+    if min(len(seeds), len(runs)) < 2 or "base" not in runs:
+        return {}
+    y = np.array([[own[seed][measure] for seed in seeds] for own in runs.values()])
+    rest = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    free = (len(y) - 1) * (len(seeds) - 1)
+    se = math.sqrt(2 * (rest**2).sum() / free / len(seeds))
+    width = student.ppf(1 - 0.025 / (len(y) - 1), free) * se
+    found, first = {}, list(runs).index("base")
+    for arm, mean in zip(runs, (y - y[first]).mean(1), strict=True):
+        word = "tied" if abs(mean) <= width else "better" if mean < 0 else "worse"
+        if arm != "base":
+            found[arm] = mean, mean - width, mean + width, word
+    return found
 
 
 def pick(lines, steps, decay=True):
@@ -264,22 +351,16 @@ def readme_rows(lines, steps, columns):
 def judged(runs, measure, floor):
     """Return the lines of a table: what the arms score in a measure, and less base."""
     title, form = MEASURES[measure]
-    base, raw = runs.get("base", {}), f"raw {measure}"
-    head = f"{'arm':27}{'seeds':>6}{'mean':>11}{'less base':>26}     verdict"
-    text = [title, head + "     raw weights" * (measure in floor)]
-    text.append("-" * len(text[1]))
+    head = f"{'arm':27}{'seeds':>6}{'mean':>11}{'less base, 95 %':>34}     verdict"
+    text, ranks = [title, head, "-" * len(head)], ranking(runs, measure)
     for arm, own in runs.items():
-        if not (found := values(own, measure)):
-            continue
+        found = values(own, measure)
         mean, se = mean_se(found)
         row = f"{arm:27}{len(found):6}{mean:11{form}} +- {se:{form}}"
-        d = differences(own, base, measure)
-        if arm != "base" and len(d) > 1:
-            mean, se, word = verdict(d)
-            row = f"{row:56}{mean:+{form}} +- {se:{form}}"
-            row = f"{row:75}{word}"
-        if measure in floor:
-            row = f"{row:82}{np.mean(values(own, raw)):12{form}}"
+        if arm in ranks:
+            mean, low, high, word = ranks[arm]
+            row = f"{row:56}{mean:+{form}} ({low:+{form}} to {high:+{form}})"
+            row = f"{row:83}{word}"
         text.append(row)
     if measure in floor:
         text.append(f"{'(held-out images)':33}{floor[measure]:11{form}}")
@@ -295,17 +376,23 @@ def table(lines, steps, decay=True):
     text = [f"{total} steps of base, equal images, the learning rate {how}", ""]
     floor = next((line["floor"] for line in lines if "floor" in line), {})
     for measure in MEASURES:
-        if any(values(own, measure) for own in runs.values()):
+        if all(values(own, measure) for own in runs.values()):
             text += judged(runs, measure, floor)
-    for one, other in PAIRS:
-        d = differences(runs.get(one, {}), runs.get(other, {}))
-        if len(d) > 1:
-            mean, se, word = verdict(d)
-            what = f"{one} less {other}"
-            text.append(f"{what:53}{mean:+12.4f} +- {se:.4f}  {word}")
+    for measure in list(MEASURES)[:1] + ["held_loss"]:
+        for one, other in PAIRS:
+            d = differences(runs.get(one, {}), runs.get(other, {}), measure)
+            if len(d) > 1:
+                mean, se, word = verdict(d)
+                what = f"{measure}: {one} less {other}"
+                text.append(f"{what:72}{mean:+9.4f} +- {se:.4f}  {word}")
     levels = [key for key in next(iter(base.values()), {}) if key.startswith("held_t")]
     text += ["", "held-out loss by noise level t, mean and standard error, in 1/1000"]
     text.append(" " * 27 + "".join(f"{key[6:]:>13}" for key in levels))
+    known = next((line["references"] for line in lines if "references" in line), {})
+    for name, row in known.items():
+        text.append(
+            f"{name:27}" + "".join(f"{1000 * x:7.4g}      " for x in row).rstrip()
+        )
     for arm, own in runs.items():
         row = f"{arm:27}"
         for key in levels:
@@ -346,7 +433,7 @@ def agree(options, results):
     held = base.load_images(cfg)[1] / 127.5 - 1
     start = base.DDPM(lambda xt, t: torch.zeros_like(xt), cfg.T)
     new = {name: value for name, value in asdict(cfg).items() if name not in FREE}
-    new |= {"data": Path(options.data).name, "n_samples": options.n_samples}
+    new |= {"data": Path(options.data).name, "n_samples": number(options)}
     new["device"] = gpu.type if gpu else "cpu"  # another kind draws other noise
     new["untrained"] = round(base.held_out_loss(start, held)["held_loss"], 5)
     old = [line["protocol"] for line in read(results) if "protocol" in line]
@@ -357,14 +444,21 @@ def agree(options, results):
         raise ValueError(f"{why}: --name gives these a file of their own")
 
 
+def number(options):
+    """Return how many images are drawn from each run."""
+    return options.n_samples or min(len(base.load_images(options)[0]), measures.REAL)
+
+
 def judge(options, results):
-    """Return the Measures of the data, or None without --n-samples."""
-    if not options.n_samples:
-        return None
+    """Return the Measures of the data; write down the floor and what could be known."""
     parts, labels = base.load_images(options), measures.load_labels(options.data)
-    scores = measures.Measures(*parts, *labels, options.n_samples)
+    scores = measures.Measures(*parts, *labels, number(options))
     if not any("floor" in line for line in read(results)):
         add(results, {"floor": scores.floor})
+        ddpm = base.DDPM(None)
+        levels = [round((k + 0.5) * ddpm.T / 10) for k in range(10)]
+        known = gauge.references(*parts, ddpm.alphabar, levels, DRAWS)
+        add(results, {"references": known})
     return scores
 
 
@@ -396,8 +490,7 @@ def compare(options):
     scores = judge(options, results) if todo else None
     for key in tqdm(todo, "runs"):
         add(results, run(options, key, scores))
-    if options.n_samples:
-        keep_pictures(options, results.with_suffix(".npz"))
+    keep_pictures(options, results.with_suffix(".npz"))
     lines = read(results)
     about = next(line["protocol"] for line in lines if "protocol" in line)
     text = [", ".join(f"{name} {value}" for name, value in about.items())]

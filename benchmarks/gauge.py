@@ -100,9 +100,25 @@ def net_loss(ddpm, images, level, draws):
     t = torch.full((len(x0),), level)
     for k in range(draws):
         eps = noise(x0.flatten(1), level, k).view(x0.shape)
-        parts = zip(x0.split(256), t.split(256), eps.split(256), strict=True)
-        found.append(sum(len(x) * ddpm(x, s, e).item() for x, s, e in parts) / len(x0))
+        parts = (x.to(ddpm.beta.device).split(256) for x in (x0, t, eps))
+        errors = (len(x[0]) * ddpm(*x).item() for x in zip(*parts, strict=True))
+        found.append(sum(errors) / len(x0))
     return float(np.mean(found))
+
+
+@torch.no_grad()
+def nats(ddpm, images, n=100):
+    """Return a bound on the negative log-likelihood of uint8 images, nats a dimension.
+
+    Up to a constant, and without what happens at t = 1: half the integral over log-SNR
+    of the error of eps_hat (Kingma et al. 2021, arXiv:2107.00630, Eq. 12 and 18), by n
+    values of t, about equally far in log-SNR, each with a draw of noise.
+    """
+    logsnr = ddpm.alphabar.double().logit()  # infinite at 0
+    even = torch.linspace(logsnr[ddpm.T], logsnr[2], n)
+    ts = (ddpm.T - torch.searchsorted(logsnr.flip(0), even)).clamp(2).unique()
+    loss = torch.tensor([net_loss(ddpm, images, t, 1) for t in ts.tolist()])
+    return (-torch.trapezoid(loss.double(), logsnr[ts]) / 2).item()
 
 
 def references(images, held, alphabar, levels, draws=8):
