@@ -4,6 +4,7 @@ import csv
 import shutil
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,20 @@ def test_the_densities_of_the_arms_are_what_they_are_called():
         assert normal[round(1000 * low) :][:100].sum().item() == pytest.approx(
             seen, abs=2e-3
         )
+
+
+def test_an_arm_trains_with_its_own_density(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        supercurriculum, "draw_t", lambda c, t, p, *_: seen.append(p) or t
+    )
+    monkeypatch.setattr(supercurriculum, "save_grid", lambda *_: None)
+    monkeypatch.setattr(gauge, "nats", lambda *_: 1.0)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    scores = types.SimpleNamespace(log_ratios=lambda x: {}, distances=lambda x: {})
+    options = compare.Options(name="mine", n_feat=8, n_samples=1)
+    compare.run(options, {"arm": "SpeeD", "seed": 0, "steps": 2}, scores)
+    assert len(seen) == 2 and seen[0][0] == pytest.approx(5 * seen[0][-1].item())
 
 
 def lines(**seconds):
