@@ -18,6 +18,7 @@ PARENT = {
     "superreg": "supercurriculum",
     "superobjective": "superminddpm",
     "superguide": "superminddpm",
+    "superflow": "superminddpm",
     "superarch": "superminddpm",
     "supervideo": "superminddpm",
 }
@@ -27,6 +28,7 @@ OFF = {  # the options that switch an idea off
     "superreg": {"lambda_max": 0.0},
     "superobjective": {"objective": "eps", "weighting": "none"},
     "superguide": {"class_cond": False},
+    "superflow": {"flow": False},
     "superarch": {"arch": "base"},
     "supervideo": {"seq_len": 1},
 }
@@ -86,7 +88,7 @@ def test_every_script_is_read_in_one_sitting():
         docstring = ast.parse(source(name)).body[0].end_lineno
         assert lines[name] <= BOUND.get(name, 510) and docstring <= 30, name
     assert {*lines} == {*PARENT, "superminddpm", "supersample", "prepare"}
-    assert sum(lines.values()) <= 4600
+    assert sum(lines.values()) <= 5000
 
 
 def names(text):

@@ -221,6 +221,7 @@ OTHERS = {
     "superreg": {},
     "superobjective": {"objective": "v", "schedule": "linear", "T": 200},
     "superguide": {"class_cond": False},
+    "superflow": {},
     "superarch": {"arch": "naive"},
     "supervideo": {"seq_len": 3, "shape": (9, 8, 8)},
 }

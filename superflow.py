@@ -1,0 +1,465 @@
+"""Flow matching: straight paths from an image to noise, and their velocity.
+
+x_tau = (1 - tau) x_0 + tau eps leads straight from an image to its noise, and its
+velocity is u = eps - x_0. The network predicts u; to generate an image, follow u_hat
+back from tau = 1 to 0 (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022,
+arXiv:2209.03003). With tau drawn logit-normal, middle noise counts more (Esser et al.
+2024, arXiv:2403.03206).
+
+It is a diffusion with another schedule and another weight. Divided by its norm
+n = sqrt((1 - tau)^2 + tau^2), x_tau is sqrt(abar) x_0 + sqrt(1 - abar) eps for
+abar = ((1 - tau) / n)^2. Since eps = x_tau + (1 - tau) u, the error of u is that of eps
+over 1 - tau. And a step of Euler's method is one of DDIM. So this is all that changes:
+
+    alphabar = ((1 - tau) / n) ** 2            in `straighten`
+    eps_hat = xt + (1 - tau) * out             in `DDPM.eps_hat`
+    error = error / (1 - tau) ** 2             in `DDPM.forward`
+
+    python superflow.py                              8x8 digits, about a minute on a CPU
+    torchrun --standalone --nproc_per_node=2 superflow.py --out runs/two
+    python superflow.py --t-density logit-normal --heun --out runs/heun
+    python superflow.py --no-flow --out runs/off     off: the base
+
+Unlike the papers: tau has T values, (t - 1/2) / T; the network sees x_tau / n, and its
+output is u but for a multiple of x_tau, so that it starts from "all of it is noise".
+"""
+
+# ---- 1. Config ---------------------------------------------------------------------
+import copy
+import io
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from sklearn.datasets import load_digits
+from torch import nn
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+
+SCRIPT = Path(__file__).stem
+warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of a run; these values suit the digits."""
+
+    data: str = "digits"  # digits (nothing to download), or a folder made by prepare.py
+    n_feat: int = 16  # width of the network in channels, a multiple of 8
+    T: int = 1000  # number of noise levels, 50 or more
+    epochs: int = 180  # passes over the training images
+    steps: int = 0  # optimizer steps; if not 0, they count instead of the epochs
+    batch: int = 128  # images per step, over all processes together
+    lr: float = 1e-2  # learning rate of Adam at first; it falls linearly to 0
+    warmup: int = 50  # first steps, over which the learning rate grows from near 0
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
+    flip: bool = False  # mirror the images of every other step: for faces, not digits
+    seed: int = 0  # of weights, order, noise and samples
+    every: int = 30  # epochs between rows of metrics, sample grids and checkpoints
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a GPU, if any
+    bf16: bool = False  # bfloat16 autocast, for hardware that is fast at it
+    compile: bool = False  # torch.compile the network: a slow start, then faster
+    out: str = ""  # folder to write (empty: runs/SCRIPT-DATA)
+    resume: bool = False  # go on with the run in that folder, or begin it
+    wandb: bool = False  # log to Weights & Biases as well
+    quiet: bool = False  # no progress bar and no messages
+    flow: bool = True  # + flow
+    """straight paths and the error of their velocity"""  # + flow
+    t_density: Literal["uniform", "logit-normal"] = "uniform"  # + flow
+    """how often each noise level is trained"""  # + flow
+    heun: bool = False  # + flow
+    """sample by Heun's method, twice the network evaluations of Euler's"""  # + flow
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            least = 50 if name == "T" else name in "n_feat epochs batch every".split()
+            odd = name == "n_feat" and value % 8 or name == "ema_decay" and value >= 1
+            if odd or isinstance(value, (int, float)) and not least <= value < 2**63:
+                raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
+        if self.heun and not self.flow:  # + flow
+            raise ValueError("--heun is for --flow")  # + flow
+
+
+# ---- 2. Data -----------------------------------------------------------------------
+def rng(device, *key):
+    """Return a generator for integers >= 0; the last one says what it is used for."""
+    seed = np.random.SeedSequence(key).generate_state(1).item()
+    return torch.Generator(device).manual_seed(seed)
+
+
+def load_images(cfg):
+    """Return the images to train on and those held out, uint8 (N, C, S, S)."""
+    if cfg.data == "digits":
+        images = torch.tensor(load_digits().images * 255 / 16).round().byte()[:, None]
+        order = torch.randperm(len(images), generator=rng("cpu", 0))
+        return images[order[len(images) // 5 :]], images[order[: len(images) // 5]]
+    files = [Path(cfg.data, part).expanduser() for part in ("train.npy", "held.npy")]
+    return [torch.from_numpy(np.load(file, mmap_mode="r")) for file in files]
+
+
+# ---- 3. UNet -----------------------------------------------------------------------
+class Block(nn.Module):
+    """Residual block: GroupNorm, SiLU, conv, twice; the time scales and shifts."""
+
+    def __init__(self, c_in, c_out, c_time):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, c_in), nn.GroupNorm(8, c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.film = nn.Linear(c_time, 2 * c_out)
+
+    def forward(self, x, temb):
+        scale, shift = self.film(temb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class UNet(nn.Module):
+    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
+
+    def __init__(self, channels, n_feat):
+        super().__init__()
+        n, c_time = n_feat, 4 * n_feat
+        self.time1, self.time2 = nn.Linear(2 * n, c_time), nn.Linear(c_time, c_time)
+        self.init = nn.Conv2d(channels, n, 3, padding=1)
+        self.down1 = Block(n, n, c_time)
+        self.down2 = Block(n, 2 * n, c_time)
+        self.down3 = Block(2 * n, 4 * n, c_time)
+        self.to_vec = nn.Conv2d(4 * n, 2 * n, 1)
+        self.vec_time = nn.Linear(c_time, 2 * n)
+        self.up0 = nn.Conv2d(2 * n, 2 * n, 1)
+        self.up1 = Block(2 * n + 4 * n, 2 * n, c_time)
+        self.up2 = Block(2 * n + 2 * n, n, c_time)
+        self.up3 = Block(n + n, n, c_time)
+        self.norm, self.out = nn.GroupNorm(8, n), nn.Conv2d(n, channels, 3, padding=1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+
+    def forward(self, xt, t):
+        half = self.init.out_channels
+        angle = t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)
+        temb = self.time1(torch.cat([angle.sin(), angle.cos()], dim=1))
+        temb = F.silu(self.time2(F.silu(temb)))
+        d1 = self.down1(self.init(xt), temb)  # (B, n, S, S)
+        d2 = self.down2(F.avg_pool2d(d1, 2), temb)  # (B, 2n, S/2, S/2)
+        d3 = self.down3(F.avg_pool2d(d2, 2), temb)  # (B, 4n, S/4, S/4)
+        vec = self.to_vec(d3.mean((2, 3), keepdim=True))
+        vec = F.silu(vec + self.vec_time(temb)[:, :, None, None])  # the bottleneck
+        h = self.up0(vec).expand(-1, -1, *d3.shape[2:])
+        h = self.up1(torch.cat([h, d3], dim=1), temb)
+        h = self.up2(torch.cat([F.interpolate(h, scale_factor=2), d2], dim=1), temb)
+        h = self.up3(torch.cat([F.interpolate(h, scale_factor=2), d1], dim=1), temb)
+        return self.out(F.silu(self.norm(h)))
+
+
+# ---- 4. Diffusion ------------------------------------------------------------------
+class DDPM(nn.Module):
+    """Noise schedule, loss and sampler. x0, xt, eps, z: (B, C, S, S); t, s: (B,)."""
+
+    def __init__(self, net, T=1000):
+        super().__init__()  # beta, alphabar: (T+1,), indexed by t; alphabar[0] = 1
+        self.net, self.T = net, T
+        place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
+        abar = (place * torch.pi / 2).cos() ** 2  # Eq. 17 of Nichol and Dhariwal
+        beta = F.pad((1 - abar[1:] / abar[:-1]).clamp(max=0.999), (1, 0))
+        self.register_buffer("beta", beta.float())
+        self.register_buffer("alphabar", (1 - beta).cumprod(0).float())
+        self.register_buffer("tau", torch.zeros(T + 1), persistent=False)  # + flow
+        self.heun = False  # + flow
+
+    def q_sample(self, x0, t, eps):
+        """Return x_t ~ q(x_t | x_0), Eq. 4."""
+        ab = self.alphabar[t, None, None, None]
+        return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+
+    def eps_hat(self, xt, t):
+        """Return the predicted noise in xt."""
+        out = self.net(xt, t)
+        out = (1 - self.tau[t, None, None, None]) * out  # + flow
+        eps_hat = xt + out
+        return eps_hat
+
+    def forward(self, x0, t, eps):
+        """Return the loss of Algorithm 1, Eq. 14, a scalar."""
+        residual = self.eps_hat(self.q_sample(x0, t, eps), t) - eps
+        error = residual.square().flatten(1).mean(1)  # (B,)
+        if self.training:  # the held-out loss is that of eps  # + flow
+            error = error / (1 - self.tau[t]) ** 2  # + flow
+        return error.mean()
+
+    def predict(self, xt, t):
+        """Return x0_hat, Eq. 15, clipped to [-1, 1], and the eps_hat that agrees."""
+        ab = self.alphabar[t, None, None, None]
+        eps_hat = self.eps_hat(xt, t)
+        x0_hat = ((xt - (1 - ab).sqrt() * eps_hat) / ab.sqrt()).clamp(-1, 1)
+        return x0_hat, (xt - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
+
+    def p_sample(self, xt, t, s, eta, z):
+        """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
+
+        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
+        x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
+        """
+        ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
+        x0_hat, eps_hat = self.predict(xt, t)
+        sigma = eta * ((1 - ab_s) / (1 - ab) * (1 - ab / ab_s)).sqrt()
+        rest = (1 - ab_s - sigma**2).clamp(min=0).sqrt()
+        return ab_s.sqrt() * x0_hat + rest * eps_hat + sigma * z
+
+    @torch.no_grad()
+    def sample(self, shape, steps=50, eta=0.0, generator=None, xt=None):
+        """Return images in [-1, 1] from the noise xt (None: drawn); steps is 1 to T."""
+        times = torch.linspace(self.T, 0, steps + 1).round().long().to(self.beta.device)
+        if xt is None:
+            xt = torch.randn(shape, generator=generator, device=times.device)
+        if self.heun:  # + flow
+            return solve_by_heun(self, xt, times).clamp(-1, 1)  # + flow
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            z = torch.randn(xt.shape, generator=generator, device=times.device)
+            xt = self.p_sample(xt, t.expand(len(xt)), s.expand(len(xt)), eta, z)
+        return xt.clamp(-1, 1)
+
+
+# ---- Idea: flow --------------------------------------------------------------------
+def straighten(ddpm):
+    """Give a new DDPM the straight schedule, tau = (t - 1/2) / T; 0 at t = 0."""
+    tau = ((torch.arange(ddpm.T + 1).double() - 0.5) / ddpm.T).clamp(min=0)
+    abar = (1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2)
+    ddpm.tau.copy_(tau)
+    ddpm.alphabar.copy_(abar)
+    ddpm.beta[1:] = 1 - abar[1:] / abar[:-1]
+
+
+def logit_normal(cfg, step, device):
+    """Return t (batch,) in 1..T with t / T about sigmoid(z), z ~ N(0, 1)."""
+    z = torch.randn(cfg.batch, generator=rng(device, cfg.seed, step, 14), device=device)
+    return (z.sigmoid() * cfg.T).ceil().long().clamp(1, cfg.T)
+
+
+def velocity(ddpm, x, t):
+    """Return u_hat at x_tau (B, C, S, S) for one t, with x0_hat clipped."""
+    norm = (ddpm.tau[t] ** 2 + (1 - ddpm.tau[t]) ** 2).sqrt()
+    x0_hat, eps_hat = ddpm.predict(x / norm, t.expand(len(x)))
+    return eps_hat - x0_hat
+
+
+def solve_by_heun(ddpm, x, times):
+    """Return x_0 from the noise x: follow the velocity, with Heun's second order."""
+    x = ddpm.tau[times[0]] * x  # times[0] is T, where x_tau is all but noise
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        far, u = ddpm.tau[s] - ddpm.tau[t], velocity(ddpm, x, t)
+        if s > 0:  # the last step is Euler's: at tau = 0 eps is not defined
+            u = (u + velocity(ddpm, x + far * u, s)) / 2
+        x = x + far * u
+    return x
+
+
+# ---- 5. Training -------------------------------------------------------------------
+def join_processes(cfg):
+    """Return device, rank and number of processes; join torchrun's group, if any."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    rank, world, local, here = (int(os.environ.get(*name)) for name in names)
+    gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    kind = gpu if cfg.device == "auto" else cfg.device
+    count = {gpu: torch.accelerator.device_count(), "cpu": world}.get(kind, 0)
+    if rank >= world or here > count:
+        raise ValueError(f"rank {rank} of {world} cannot run on {count} {kind} devices")
+    own = torch.device(kind, local) if kind != "cpu" else None
+    if world > 1 and not dist.is_initialized():
+        store = next(dist.rendezvous("env://"))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
+    return own or torch.device("cpu"), rank, world
+
+
+def build(cfg, shape):
+    """Return a new DDPM, as cfg asks for it, for images of shape (C, S, S)."""
+    ddpm = DDPM(UNet(shape[0], cfg.n_feat), cfg.T)
+    ddpm.heun = cfg.heun  # + flow
+    if cfg.flow:  # + flow
+        straighten(ddpm)  # + flow
+    ddpm.shape = tuple(shape)
+    return ddpm
+
+
+def read_checkpoint(path):
+    """Return the dict in a checkpoint of this script, its config as a Config."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        return {**state, "config": Config(**state["config"])}
+    except Exception as error:  # torch.load raises nearly anything on a foreign file
+        raise ValueError(f"{path} is no checkpoint of {SCRIPT}.py: {error}") from None
+
+
+def load(path, ema=True):
+    """Return the DDPM of a checkpoint, ready to sample; ema: its averaged weights."""
+    state = read_checkpoint(path)
+    ddpm = build(state["config"], state["shape"])
+    ddpm.load_state_dict(state["ema" if ema else "net"])
+    return ddpm.eval()
+
+
+def find_run(cfg):
+    """Return the run folder, and the state to go on from; a new run is at step 0."""
+    out = Path(cfg.out or f"runs/{SCRIPT}-{Path(cfg.data).name}").expanduser()
+    if not (out / "last.pt").exists():
+        return out, {"step": 0, "history": []}
+    if not cfg.resume:
+        raise ValueError(f"{out} holds a run: add --resume, or another --out")
+    state = read_checkpoint(out / "last.pt")
+    free = "epochs steps every device bf16 compile out resume wandb quiet".split()
+    old, new = asdict(state["config"]), asdict(cfg)
+    if changed := [x for x in old if old[x] != new[x] and x not in free]:
+        raise ValueError(f"the run in {out} has another {', '.join(changed)}")
+    return out, state
+
+
+@torch.no_grad()
+def held_out_loss(ddpm, held):
+    """Return {column: loss} at ten fixed t with fixed noise, and their mean."""
+    row = {}
+    for level in [round((k + 0.5) * ddpm.T / 10) for k in range(10)]:
+        t = torch.full((len(held),), level, device=held.device)
+        eps = torch.randn(held.shape, generator=rng("cpu", level)).to(held.device)
+        row[f"held_t{level}"] = ddpm(held, t, eps).item()
+    return {"held_loss": sum(row.values()) / len(row), **row}
+
+
+def save_grid(ema, ddpm, held, cfg, path):
+    """Write a PNG: two rows of averaged weights, one of raw ones, one of real ones."""
+    z = torch.randn(32, *ddpm.shape, generator=rng("cpu", cfg.seed, 3)).to(held)
+    rows = ema.sample(z.shape, xt=z), ddpm.sample(z[:16].shape, xt=z[:16]), held[:16]
+    images = F.interpolate(torch.cat(rows), scale_factor=max(1, 64 // held.shape[-1]))
+    save_image((images + 1) / 2, path, nrow=16, pad_value=1)
+
+
+def save_run(out, epoch, state):
+    """Write metrics.csv and a checkpoint; a kill in the middle leaves last.pt whole."""
+    rows = [list(state["history"][0]), *(row.values() for row in state["history"])]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (out / "metrics.csv").write_text(table)
+    torch.save(state, buffer := io.BytesIO())
+    for name in (f"checkpoint_epoch_{epoch:03}.pt", "last.pt"):
+        (out / "part").write_bytes(buffer.getbuffer())
+        (out / "part").replace(out / name)
+
+
+def train(cfg):
+    """Train as cfg says, write the run folder, return the averaged DDPM."""
+    device, rank, world = join_processes(cfg)
+    images, held = load_images(cfg)
+    if images.ndim != 4:
+        raise ValueError(f"{cfg.data} holds clips, not images")
+    if cfg.batch % world or cfg.batch > len(images):
+        raise ValueError(f"--batch: at most {len(images)}, divisible by {world} ranks")
+    per_epoch = len(images) // cfg.batch
+    total = cfg.steps or cfg.epochs * per_epoch
+    images = images.to(device) if images.nbytes < 2**32 else images
+    held = held.to(device) / 127.5 - 1
+    torch.manual_seed(cfg.seed)
+    ddpm = build(cfg, images.shape[1:]).to(device)
+    ema = copy.deepcopy(ddpm).eval()
+    weights, averages = ([w.detach() for w in m.parameters()] for m in (ddpm, ema))
+    opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
+    out, state = find_run(cfg)
+    start, history, seen = state["step"], state["history"], []
+    if start and history[-1]["epoch"] != (start - 1) // per_epoch + 1:
+        raise ValueError(f"the run in {out} has another number of images")
+    for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")) if start else ():
+        part.load_state_dict(state[name])
+    if cfg.compile:
+        ddpm.net.compile()
+    model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm
+    if cfg.wandb and rank == 0:
+        from wandb import init  # optional
+
+        log = init(project=SCRIPT, config=asdict(cfg)).log
+    out.mkdir(parents=True, exist_ok=True)
+    quiet = cfg.quiet or rank > 0
+    if start >= total and not quiet:
+        print(f"nothing to do: {out} is at step {start} of {total}", file=sys.stderr)
+    bar = tqdm(range(start, total), str(out), total, initial=start, disable=quiet)
+    for step in bar:
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == start:
+            g = rng("cpu", cfg.seed, epoch, 1)
+            order = torch.randperm(len(images), generator=g).to(images.device)
+        index = order[i * cfg.batch : (i + 1) * cfg.batch][rank::world]
+        x0 = images[index].to(device) / 127.5 - 1
+        x0 = x0.flip(-1) if cfg.flip and step % 2 else x0
+        g = rng(device, cfg.seed, step, 2)  # all processes draw for the whole batch
+        t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
+        if cfg.t_density == "logit-normal":  # + flow
+            t = logit_normal(cfg, step, device)  # + flow
+        eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            loss = model(x0, t[rank::world], eps[rank::world])
+        seen.append(loss.detach())
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
+        lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+        decay = min(cfg.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+        show = step + 1 == total or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
+        if show:
+            mean, seen = torch.stack(seen).mean() / world, []
+            if world > 1:
+                dist.all_reduce(mean)
+            if not mean.isfinite():
+                raise ValueError(f"the loss is {mean} in epoch {epoch + 1}")
+        if rank == 0 and show:
+            row = {"step": step + 1, "epoch": epoch + 1, "lr": lr, "loss": mean.item()}
+            row |= held_out_loss(ema, held)
+            history.append(row)
+            save_grid(ema, ddpm, held, cfg, out / f"samples_epoch_{epoch + 1:03}.png")
+            bar.set_postfix(loss=row["loss"], held_loss=row["held_loss"])
+            if cfg.wandb:
+                log(row)
+            state = {"script": SCRIPT, "config": asdict(cfg), "shape": ddpm.shape}
+            state |= {"net": ddpm.state_dict(), "ema": ema.state_dict()}
+            state |= {"opt": opt.state_dict(), "step": step + 1, "history": history}
+            save_run(out, epoch + 1, state)
+    return ema
+
+
+# ---- 6. Main -----------------------------------------------------------------------
+def main():
+    try:
+        cfg = tyro.cli(Config, description=__doc__)
+        if cfg.data != "digits":
+            recipe = Path(cfg.data, "recipe.json").expanduser()
+            if not recipe.exists():
+                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
+            recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
+            cfg = tyro.cli(Config, default=Config(**recipe))
+        train(cfg)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # a mistake in the code, not a full GPU
+            raise
+        if isinstance(error, RuntimeError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{SCRIPT}.py:", *str(error).split()[:60], file=sys.stderr)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
