@@ -8,7 +8,6 @@ import base64
 import html
 import io
 import math
-import re
 import runpy
 from numbers import Number
 from pathlib import Path
@@ -207,20 +206,24 @@ def player(frames, values, label, captions, start=0):
     display(bundle, raw=True)
 
 
-def check(answer, want, hint="look at the cells above again", tol=0.01):
-    """Print whether answer is right: "Right.", "Not yet: ..." or "Not answered yet".
+def check(answer, exercise):
+    """Print whether the answer to an exercise, say "09.1", is right.
 
-    want: the name of an exercise, say "09.1", whose right answer stands in the table
-    ANSWERS of answers/09.py, out of sight, as the other arguments of this function; or
-    the right number (met to within tol of it), text or bool; or else a function that
-    gets the answer and returns whether it is right.
+    What is right stands out of sight, in the table ANSWERS of answers/09.py.
+    """
+    file = Path(__file__).parent / "answers" / f"{exercise[:2]}.py"
+    judge(answer, **runpy.run_path(str(file))["ANSWERS"][exercise])
+
+
+def judge(answer, want, hint, tol=0.01):
+    """Print "Right.", "Not yet: ..." or "Not answered yet".
+
+    want: the right number (met to within tol of it), text or bool; or else a function
+    that gets the answer and returns whether it is right.
     """
     if answer is ...:
         print("Not answered yet")
         return
-    if isinstance(want, str) and re.fullmatch("[0-9]{2}[.][0-9]", want):
-        file = Path(__file__).parent / "answers" / f"{want[:2]}.py"
-        return check(answer, **runpy.run_path(str(file))["ANSWERS"][want])
     try:
         if callable(want):
             right = bool(want(answer))

@@ -8,6 +8,7 @@ stand for all: one player shows bare pictures, the others matplotlib's figures.
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -187,8 +188,23 @@ def test_check_tells_right_from_wrong_and_from_unanswered(capsys):
         (1, lambda answer: answer(2) == 4, "Not yet: TypeError"),
         ("a", 1.0, "Not yet: ValueError"),
     ]:
-        assert show.check(answer, want, hint="think") is None
+        assert show.judge(answer, want, hint="think") is None
         assert capsys.readouterr().out.startswith(says)
+
+
+@each
+def test_the_exercises_keep_their_answers_out_of_sight(name):
+    """In answers/NN.py, under the name of the exercise, each with a hint."""
+    file = ROOT / "notebooks" / "answers" / f"{name[:2]}.py"
+    known = runpy.run_path(str(file))["ANSWERS"]
+    asked = [
+        x
+        for cell in code(BOOKS[name])
+        for x in re.findall("check[(].*[)]", cell.source)
+    ]
+    named = [re.fullmatch(r'check\(answer, "(\d\d\.\d)"\)', x)[1] for x in asked]
+    assert sorted(named) == sorted(known) != []
+    assert all(len(answer["hint"]) > 10 for answer in known.values())
 
 
 # ---- Figures -------------------------------------------------------------------------
