@@ -159,7 +159,7 @@ def gauge(runs, draws=8):
 
 def draw(levels, table):
     """Return a figure: by noise level, each loss over that of the linear denoiser."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     axes, base = figure.subplots(), np.array(table["linear"])
     for k, (name, row) in enumerate(table.items()):
         colour, dashes = STYLES[k % len(STYLES)]
@@ -168,7 +168,7 @@ def draw(levels, table):
     axes.set(xlabel="noise level t", ylabel="loss / loss of the best linear denoiser")
     axes.set(yscale="log", ylim=(0.1, 20))
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper")
     return figure
 
 
