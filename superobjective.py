@@ -49,7 +49,7 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 SCRIPT = Path(__file__).stem
-warnings.filterwarnings("ignore", message=".*not writable")  # read-only maps
+warnings.filterwarnings("ignore", message=".*not writable")  # maps are read-only
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator for integers >= 0; the last one says what it is used for."""
+    """Return a generator seeded by integers >= 0; the last one is that of its use."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet of sizes S, S/2, S/4 and a vector; the skips d1, d2, d3 pass the vector."""
+    """UNet with sizes S, S/2, S/4 and a vector, which the skips d1, d2, d3 bypass."""
 
     def __init__(self, channels, n_feat):
         super().__init__()
@@ -219,7 +219,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        But for the clip, eta 1 and s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
+        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
         x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
@@ -475,7 +475,7 @@ def main():
         if cfg.data != "digits":
             recipe = Path(cfg.data, "recipe.json").expanduser()
             if not recipe.exists():
-                raise ValueError(f"no {recipe}: make it, as `python prepare.py celeba`")
+                raise ValueError(f"no {recipe}: run e.g. `python prepare.py celeba`")
             recipe = {**json.loads(recipe.read_text()), "data": cfg.data}
             cfg = tyro.cli(Config, default=Config(**recipe))
         train(cfg)

@@ -9,7 +9,7 @@ schedule, mask, labels and architecture mean what they meant in training. The he
     python supersample.py --sample runs/superarch-digits/last.pt --n-samples 100
     python supersample.py --sampler dpmpp --sampling-steps 10 --out runs/fast
     python supersample.py --sample runs/superguide-digits/last.pt --guidance 0 1 3
-    torchrun --nproc_per_node=2 supersample.py --out runs/two        the same images
+    torchrun --standalone --nproc_per_node=2 supersample.py --out runs/two     the same
 
 ddpm is Algorithm 2; with fewer steps than T it skips levels. ddim is Euler's method for
 the ODE that leads each noise to its image (Song et al. 2020, arXiv:2010.02502). Of
@@ -52,7 +52,7 @@ class Config:
     n_samples: int = 64  # number of images: 000000.png, 000001.png ..., and a grid
     batch: int = 64  # images drawn at a time, over all processes together
     sampler: Literal["ddpm", "ddim", "heun", "dpmpp"] = "ddim"  # the solver
-    sampling_steps: int = 50  # evaluations of the network (with guidance, of two), <= T
+    sampling_steps: int = 50  # network evaluations, at most T (guidance takes twice)
     eta: float = 0.0  # fresh noise of ddim, from 0 (none) to 1 (as in ddpm)
     labels: tuple[int, ...] = ()  # what superguide.py's network draws (empty: all)
     guidance: tuple[float, ...] = (1.0,)  # 0 ignores the label, above 1 exaggerates it

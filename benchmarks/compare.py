@@ -1,6 +1,6 @@
 """Do the ideas help? Train every arm on the same images, with the same noise and seeds.
 
-    python benchmarks/compare.py --name mine     digits, 8 seeds: 3 hours on a CPU core
+    python benchmarks/compare.py --name mine          the digits: 16 arms, 8 seeds
     python benchmarks/compare.py --name mine --arms base curriculum --seeds 5
     python benchmarks/compare.py --data data/celeba32 --seeds 3 --curve 4
 
@@ -25,8 +25,8 @@ that the runs of seed 0 drew, never real ones, to compare-NAME.npz. The stored d
 mnist and faces16 are of an earlier base, so give your own runs another name.
 
 The verdict on an arm, by a rule fixed beforehand: better or worse if the interval of
-its mean difference to base leaves out 0, else tied. The intervals hold together with
-95 %, over all arms (Bonferroni), with a variance pooled over arms and seeds (ranking).
+its mean difference to base leaves out 0, else tied. With 95 % all intervals of a table
+are right at once (Bonferroni); their variance is pooled over arms and seeds (ranking).
 """
 
 import importlib
@@ -83,9 +83,10 @@ def unordered(cfg, p):
 
 
 def tilted(cfg, p, sign):
-    """Return densities that lean to high t at first, to low t at last; sign -1: not so.
+    """Return densities that prefer high t at first, low t at last; sign -1: reversed.
 
-    Linear in t, so that the average over the run is uniform: order without density.
+    They are linear in t, and their average over the run is uniform: only the order of
+    the noise levels differs from base, not how often each of them comes.
     """
     shares = torch.tensor(cfg.epochs_per_stage) / sum(cfg.epochs_per_stage)
     middle = (shares.cumsum(0) - shares / 2)[:, None]  # of each stage, as a share
@@ -96,7 +97,7 @@ def tilted(cfg, p, sign):
 def asymmetric(cfg, p):
     """Return SpeeD's density: t up to 0.7 T five times as often as others.
 
-    Wang et al. 2024, arXiv:2405.17403, Sec. 3.2.
+    Wang et al. 2024, arXiv:2405.17403.
     """
     weight = torch.where(torch.arange(1, cfg.T + 1) <= 0.7 * cfg.T, 5.0, 1.0)
     return (weight / weight.sum()).expand_as(p)
@@ -212,9 +213,9 @@ def train(module, cfg, density=None):
     return round(clock() - begin - sum(apart), 2) if fresh else None
 
 
-def draw(module, out, n, seed, ema=True):
+def draw(module, out, n, seed):
     """Return n images of a run, uint8 (n, C, S, S); x_T depends on the seed alone."""
-    return measures.draw(module.load(Path(out, "last.pt"), ema), n, seed=1000 + seed)
+    return measures.draw(module.load(Path(out, "last.pt")), n, seed=1000 + seed)
 
 
 def draw_stages(module, out):
@@ -265,9 +266,9 @@ def verdict(difference):
 def ranking(runs, measure):
     """Return {arm: (mean, low, high, verdict)} of the differences to base in a measure.
 
-    Over the seeds that all arms have. The variance is pooled: of what is left when the
-    mean of each arm and of each seed is taken away. The intervals hold together with
-    95 % (Bonferroni over the arms); tied means that 0 is inside. {}: too few runs.
+    Over the seeds that all arms have. All arms share one variance, that of the values
+    less the mean of their arm and of their seed. With 95 % all intervals are right at
+    once (Bonferroni); an arm is tied if 0 is inside its own. {}: too few runs.
     """
     seeds = sorted(set.intersection(*(set(own) for own in runs.values())))
     if min(len(seeds), len(runs)) < 2 or "base" not in runs:
@@ -454,11 +455,10 @@ def judge(options, results):
     parts, labels = base.load_images(options), measures.load_labels(options.data)
     scores = measures.Measures(*parts, *labels, number(options))
     if not any("floor" in line for line in read(results)):
-        add(results, {"floor": scores.floor})
         ddpm = base.DDPM(None)
         levels = [round((k + 0.5) * ddpm.T / 10) for k in range(10)]
         known = gauge.references(*parts, ddpm.alphabar, levels, DRAWS)
-        add(results, {"references": known})
+        add(results, {"floor": scores.floor, "references": known})
     return scores
 
 

@@ -10,9 +10,9 @@ closed form from the training images, at the same ten noise levels:
  - linear: the best linear denoiser, from their mean and covariance (a Wiener filter in
    their principal components). A network that is not below it has learned nothing else.
  - exact: the best denoiser of all for the training images and no others, their average
-   weighted by how well each explains x_t (a softmax over them; De Bortoli 2022,
-   arXiv:2208.05314, Sec. 2). On the training images its loss is the least possible, but
-   it can only copy: on held-out images it fails where there is little noise.
+   weighted by how well each explains x_t (a softmax over them). On the training images
+   its loss is the least possible, but it can only copy: on held-out images it fails
+   where there is little noise.
 
 And eps_hat = x_t, "all of it is noise", is where the base starts. A run that is on
 training images far below its loss on held-out ones has begun to copy.
@@ -111,8 +111,8 @@ def nats(ddpm, images, n=100):
     """Return a bound on the negative log-likelihood of uint8 images, nats a dimension.
 
     Up to a constant, and without what happens at t = 1: half the integral over log-SNR
-    of the error of eps_hat (Kingma et al. 2021, arXiv:2107.00630, Eq. 12 and 18), by n
-    values of t, about equally far in log-SNR, each with a draw of noise.
+    of the error of eps_hat (Kingma et al. 2021, arXiv:2107.00630), by n values of t,
+    about equally far apart in log-SNR, each with one draw of the noise.
     """
     logsnr = ddpm.alphabar.double().logit()  # infinite at 0
     even = torch.linspace(logsnr[ddpm.T], logsnr[2], n)

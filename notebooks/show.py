@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import math
+import re
 import runpy
 from numbers import Number
 from pathlib import Path
@@ -16,7 +17,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import torch
 from cycler import cycler
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib import get_data_path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -204,6 +205,30 @@ def player(frames, values, label, captions, start=0):
     bundle["image/png"] = base64.b64encode(to_png(sheet)).decode()
     bundle["text/plain"] = "Frames of a slider: " + ", ".join(titles[k] for k in shown)
     display(bundle, raw=True)
+
+
+def table(head, *rows):
+    """Show a table: its first column aligned to the left, the others to the right."""
+    lines = [head, [":--"] + ["--:"] * (len(head) - 1), *rows]
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    display(Markdown(text))
+
+
+def differences(pairs):
+    """Show stored differences of held-out loss on the digits, with their verdicts.
+
+    pairs: {name of a row in compare-digits.txt: (what it is, less what)}.
+    """
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "compare-digits.txt"
+    constant, falling = (  # the learning rate
+        dict(re.findall(r"^(\S.*?)  .*?([+-]\S+ \+- \S+  \w+)$", part, re.M))
+        for part in file.read_text().split("\n\n\n")[1:3]
+    )
+    rows = []
+    for name, what in pairs.items():
+        cells = [own[name].replace("+-", "±") for own in (constant, falling)]
+        rows.append([*what, *(cell.replace("  ", ": ") for cell in cells)])
+    table(["held-out loss of", "less that of", "constant lr", "falling lr"], *rows)
 
 
 def check(answer, exercise):

@@ -1,5 +1,6 @@
 """The documents tell the truth about commands, options and files, in two languages."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -27,7 +28,16 @@ def shell(text):
     return [line.split("#")[0].strip() for line in blocks.splitlines()]
 
 
+def typed(script):
+    """Return the commands in the docstring of a script, without what is said of them."""
+    text = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    found = re.findall(r"^    ((?:python|torchrun) .*?)(?:  .*)?$", text, re.M)
+    return [line.replace("FILE", "last.pt") for line in found]
+
+
 PYTHON = [line for text in (README, SCALE) for line in shell(text) if ".py" in line]
+SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "benchmarks/compare.py"]
+PYTHON += [line for script in SCRIPTS for line in typed(script)]
 
 
 @pytest.mark.parametrize("line", [x for x in PYTHON if "git diff" not in x])

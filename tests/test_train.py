@@ -568,7 +568,7 @@ def test_help_explains_every_option(capsys):
 
 BAD = {
     "--bogus 3": "--bogus",
-    "--data imagenet": "no imagenet/recipe.json: make it, as `python prepare.py",
+    "--data imagenet": "no imagenet/recipe.json: run e.g. `python prepare.py",
     "--lr much": "--lr",
     "--batch 0": "--batch cannot be 0",
     "--batch -4": "--batch cannot be -4",
