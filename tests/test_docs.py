@@ -29,7 +29,7 @@ def shell(text):
 
 
 def typed(script):
-    """Return the commands in the docstring of a script, without what is said of them."""
+    """Return the commands in the docstring of a script, without their comments."""
     text = ast.get_docstring(ast.parse((ROOT / script).read_text()))
     found = re.findall(r"^    ((?:python|torchrun) .*?)(?:  .*)?$", text, re.M)
     return [line.replace("FILE", "last.pt") for line in found]
