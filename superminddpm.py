@@ -53,11 +53,11 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema_decay: float = 0.995  # decay per step of the averaged weights (0: no average)
     flip: bool = False  # mirror the images of every other step: for faces, not digits
-    seed: int = 0  # of weights, order, noise and samples
+    seed: int = 0  # of all that is random; a GPU draws other numbers than a CPU
     every: int = 30  # epochs between rows of metrics, sample grids and checkpoints
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a GPU, if any
     bf16: bool = False  # bfloat16 autocast, for hardware that is fast at it
-    compile: bool = False  # torch.compile the network: a slow start, then faster
+    compile: bool = False  # torch.compile the loss: a slow start, then faster
     out: str = ""  # folder to write (empty: runs/SCRIPT-DATA)
     resume: bool = False  # go on with the run in that folder, or begin it
     wandb: bool = False  # log to Weights & Biases as well
@@ -214,7 +214,7 @@ def join_processes(cfg):
     kind = gpu if cfg.device == "auto" else cfg.device
     count = {gpu: torch.accelerator.device_count(), "cpu": world}.get(kind, 0)
     if rank >= world or here > count:
-        raise ValueError(f"rank {rank} of {world} cannot run on {count} {kind} devices")
+        raise ValueError(f"rank {rank} of {world}: {count} {kind} here (--device cpu?)")
     own = torch.device(kind, local) if kind != "cpu" else None
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
@@ -319,8 +319,9 @@ def train(cfg):
     for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")) if start else ():
         part.load_state_dict(state[name])
     if cfg.compile:
-        ddpm.net.compile()
-    model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm
+        ddpm.compile()
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    model = nn.parallel.DistributedDataParallel(ddpm, **options) if world > 1 else ddpm
     if cfg.wandb and rank == 0:
         from wandb import init  # optional
 
@@ -350,8 +351,7 @@ def train(cfg):
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)
         opt.param_groups[0]["lr"] = lr
         opt.step()
-        decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(averages, weights, max(1 - cfg.ema_decay, 9 / (10 + step)))
 
         show = step + 1 == total or i + 1 == per_epoch and (epoch + 1) % cfg.every == 0
         if show:

@@ -155,6 +155,7 @@ class Options:
     seeds: int = 8  # seeds 0 .. N - 1 of every arm
     arms: tuple[Literal[tuple(ARMS)], ...] = tuple(ARMS)  # which of them
     n_samples: int = 0  # drawn from each run (0: as many as there are to train on)
+    compile: bool = False  # compile the loss: a slow start, faster on a GPU
     curve: int = 0  # epochs between the points of a kept loss curve (0: keep none)
 
     def __post_init__(self):
@@ -176,7 +177,7 @@ def configure(options, key):
     words = "-".join([options.name, *map(str, key.values())]).replace(" ", "-")
     how = {"data": options.data, "seed": key["seed"], "steps": key["steps"]}
     how |= {"out": str(ROOT / "runs" / "compare" / words), "resume": True}
-    how |= {"every": options.curve or 10**6, "quiet": True}
+    how |= {"every": options.curve or 10**6, "quiet": True, "compile": options.compile}
     return module, module.Config(**(recipe | own | how))
 
 
@@ -237,7 +238,9 @@ def run(options, key, scores):
     module, cfg = configure(options, key)
     seconds = train(module, cfg, DENSITIES.get(key["arm"]))
     path = Path(cfg.out, "last.pt")
-    ddpm, history = module.load(path), module.read_checkpoint(path)["history"]
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    ddpm = module.load(path).to(gpu or "cpu")
+    history = module.read_checkpoint(path)["history"]
     row, held = history[-1], module.load_images(cfg)[1]
     levels = [int(name[6:]) for name in row if name.startswith("held_t")]
     losses = [gauge.net_loss(ddpm, held, t, DRAWS) for t in levels]

@@ -86,7 +86,7 @@ def exact_loss(x, y, ab, level, draws):
     """Return the loss of the exact denoiser of rows x on rows y, a mean over draws."""
     found = []
     for k in range(draws):
-        xt = ab.sqrt() * y + (1 - ab).sqrt() * noise(y, level, k)
+        xt = ab.sqrt() * y + (1 - ab).sqrt() * noise(y, level, k).to(y)
         # the error of eps_hat is that of x0_hat times abar / (1 - abar)
         error = torch.cat([exact_x0(part, x, ab) for part in xt.split(256)]) - y
         found.append((ab / (1 - ab) * error.square().mean()).item())
@@ -114,7 +114,7 @@ def nats(ddpm, images, n=100):
     of the error of eps_hat (Kingma et al. 2021, arXiv:2107.00630), by n values of t,
     about equally far apart in log-SNR, each with one draw of the noise.
     """
-    logsnr = ddpm.alphabar.double().logit()  # infinite at 0
+    logsnr = ddpm.alphabar.cpu().double().logit()  # infinite at 0
     even = torch.linspace(logsnr[ddpm.T], logsnr[2], n)
     ts = (ddpm.T - torch.searchsorted(logsnr.flip(0), even)).clamp(2).unique()
     loss = torch.tensor([net_loss(ddpm, images, t, 1) for t in ts.tolist()])
@@ -123,7 +123,8 @@ def nats(ddpm, images, n=100):
 
 def references(images, held, alphabar, levels, draws=8):
     """Return {answer: [loss at each level]} of the answers that need no training."""
-    x, y = flat(images), flat(held)
+    where = "cuda" if torch.cuda.is_available() else "cpu"  # others lack float64
+    x, y = flat(images).to(where), flat(held).to(where)
     seen, parts = x[: len(y)], principal(x)
     table = {"eps_hat = x_t": [], "linear": [], "exact, held out": []}
     table["exact, training images"] = []

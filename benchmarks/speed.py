@@ -7,8 +7,9 @@
 
 Measures images per second, in turns, so that what disturbs one row disturbs all:
  - loop: train() of the script as it is, on made-up images for celeba, else real ones;
+   on a GPU also with --compile and --bf16, and with images that stay on the host;
  - bare: forward, backward and optimizer step of the same network on fixed tensors,
-   eager, compiled, or compiled into CUDA graphs, channels first or last;
+   eager, compiled (with combo kernels, or into CUDA graphs), in bf16, channels last;
  - plain: the loop of plain.py, as people write it, on files like CelebA's.
 
 A step is what lies between two calls of Adam.step, so one clock stands in all of them.
@@ -61,6 +62,7 @@ class Options:
     n_images: int = N_TRAIN["CelebA"]  # made-up images
     n_samples: int = 0  # images to draw by DDIM (0: 10,000 on a GPU, 16 on a CPU)
     compiled: bool = False  # compiled rows also on a CPU; they want a C++ compiler
+    rows: tuple[str, ...] = ()  # only these rows, by name (empty: all)
     json: str = ""  # file for the figures
 
 
@@ -94,7 +96,7 @@ def step_time(script, run, first, count, profiler=None):
 
         return call
 
-    parts = [(script.DDPM, "forward"), (torch.Tensor, "backward")]
+    parts = [(script.DDPM, "__call__"), (torch.Tensor, "backward")]
     with ExitStack() as stack:
         for owner, name in [*parts, (adam, "zero_grad"), (adam, "step")]:
             new = timed(getattr(owner, name), name == "step")
@@ -143,19 +145,35 @@ def new(script, cfg, shape, device):
     return script.build(cfg, shape).to(device)
 
 
-def bare(script, cfg, shape, device, mode, last, n):
-    """Make n steps on fixed tensors.  mode: of torch.compile, or eager."""
+class OnHost:
+    """Images that say they are 4 GiB, so that the loop leaves them on the host."""
+
+    def __init__(self, images):
+        self.images, self.nbytes = images, 2**32
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+    def __len__(self):
+        return len(self.images)
+
+
+def bare(script, cfg, shape, device, how, last, n):
+    """Make n steps on fixed tensors.  how: options of torch.compile; None: eager."""
     ddpm = new(script, cfg, shape, device)
     x0, eps = torch.randn(2, cfg.batch, *shape, device=device)
     t = torch.randint(1, cfg.T + 1, (cfg.batch,), device=device)
     if last:
         ddpm = ddpm.to(memory_format=torch.channels_last)
         x0, eps = (x.to(memory_format=torch.channels_last) for x in (x0, eps))
-    if mode != "eager":
-        ddpm.net.compile(mode=mode)
+    if how is not None:
+        ddpm.compile(**how)
     opt = torch.optim.Adam(ddpm.parameters(), betas=(0.9, 0.99), fused=True)
     for _ in range(n):
-        if mode == "reduce-overhead":
+        if how:
             torch.compiler.cudagraph_mark_step_begin()  # graphs reuse their memory
         opt.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
@@ -169,27 +187,44 @@ def plain_loop(script, cfg, shape, device, files, n):
     plain.train_on_files(ddpm, files, shape, cfg.batch, os.cpu_count(), n)
 
 
+BARE = {  # options of torch.compile (None: eager), bf16, channels last
+    "bare, eager": (None, False, False),
+    "bare, compiled": ({}, False, False),
+    "bare, eager, channels last": (None, False, True),
+    "bare, compiled, channels last": ({}, False, True),
+    "bare, eager, bf16": (None, True, False),
+    "bare, compiled, bf16": ({}, True, False),
+    "bare, compiled, bf16, channels last": ({}, True, True),
+    "bare, combo kernels": ({"options": {"combo_kernels": True}}, False, False),
+    "bare, CUDA graphs": ({"mode": "reduce-overhead"}, False, False),
+    "bare, CUDA graphs, bf16": ({"mode": "reduce-overhead"}, True, False),
+}
+
+
 def rows_of(script, cfg, images, files, options, device):
-    """Return {what: run} of all rows for one network and batch."""
+    """Return {what: run} of all rows for one network and batch.
+
+    CUDA graphs come last, since their memory stays reserved.
+    """
     shape, gpu = images[0].shape[1:], device.type == "cuda"
-    compiled = gpu or options.compiled
-    step = partial(bare, script, cfg, shape, device)
     runs = {"loop": partial(loop, script, cfg, images)}
-    if compiled:
-        whole = replace(cfg, compile=True)
-        runs["loop, --compile"] = partial(loop, script, whole, images)
-    for last in (False, True) if gpu else (False,):
-        order = ", channels last" * last
-        runs[f"bare, eager{order}"] = partial(step, "eager", last)
-        if compiled:
-            runs[f"bare, compiled{order}"] = partial(step, "default", last)
+    if gpu or options.compiled:
+        one = replace(cfg, compile=True)
+        runs["loop, --compile"] = partial(loop, script, one, images)
+    if gpu:
+        one = replace(one, bf16=True)
+        runs["loop, --compile --bf16"] = partial(loop, script, one, images)
+        host = OnHost(images[0]), images[1]
+        runs["loop, images on the host"] = partial(loop, script, cfg, host)
     if options.data == "celeba":
         runs["plain"] = partial(plain_loop, script, cfg, shape, device, files)
-    if gpu:  # at the end, since their memory stays reserved
-        for last in (False, True):
-            what = "bare, CUDA graphs" + ", channels last" * last
-            runs[what] = partial(step, "reduce-overhead", last)
-    return runs
+    for what in list(BARE)[: len(BARE) if gpu else 1 + options.compiled]:
+        how, bf16, last = BARE[what]
+        one = replace(cfg, bf16=bf16)
+        runs[what] = partial(bare, script, one, shape, device, how, last)
+    if unknown := set(options.rows) - set(runs):
+        raise ValueError(f"no row {unknown}: there are {', '.join(runs)}")
+    return {what: run for what, run in runs.items() if what in (options.rows or runs)}
 
 
 def drawing_rate(ddpm, shape, n, batch):
@@ -220,8 +255,8 @@ def times_of(script, runs, spans, turns, gpu):
             try:
                 both = step_time(script, runs[what], *spans[what])
             except Exception as error:  # compilers raise nearly anything
-                out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                if not out_of_memory and "compile" not in what and "graphs" not in what:
+                compiled = "compile" in what or BARE.get(what, [None])[0] is not None
+                if not compiled and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 print(f"{what}: {type(error).__name__}: {str(error).splitlines()[:1]}")
                 del times[what]
@@ -252,7 +287,8 @@ def measure(script, cfg, images, files, options, device):
     first, count = (20, options.steps or 100) if gpu else (2, options.steps or 10)
     several = os.cpu_count()  # workers deliver in bursts: time whole rounds
     spans = dict.fromkeys(runs, (first, count))
-    spans["plain"] = max(first, several), math.ceil(count / several) * several
+    if "plain" in runs:
+        spans["plain"] = max(first, several), math.ceil(count / several) * several
     times, peak = times_of(script, runs, spans, options.turns, gpu)
     due = cfg.epochs * (len(images[0]) // cfg.batch * cfg.batch)
     rows, busy = [], {}
@@ -289,11 +325,11 @@ def report(result):
     lines = [line.format(**result) for line in lines]
     for pair in result["pairs"]:
         lines += ["", "n-feat {n_feat}, batch {batch}".format(**pair)]
-        head = f"{'':32}{'images/s':>10}{'(range)':>22}{'ms a step':>11}{'recipe':>11}"
+        head = f"{'':37}{'images/s':>10}{'(range)':>22}{'ms a step':>11}{'recipe':>11}"
         lines.append(head + ("    idle      memory" if result["gpu"] else ""))
         for row in pair["rows"]:
             spread = "({low:,.1f} to {high:,.1f})".format(**row)
-            line = f"{row['what']:32}{row['images_per_s']:10,.1f}{spread:>22}"
+            line = f"{row['what']:37}{row['images_per_s']:10,.1f}{spread:>22}"
             line += f"{row['ms']:11.2f}{row['hours']:9.3g} h"
             if result["gpu"]:
                 idle = "?" if row["idle"] is None else f"{row['idle']:.0%}"

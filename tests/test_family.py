@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_same_run, command_line, finish, start, state
+from torch._dynamo.utils import counters
 
 PARENT = {
     "supercurriculum": "superminddpm",
@@ -242,6 +243,24 @@ def test_two_processes_grow_the_channels_of_one(tiny):
     for name, weight in state("one")["net"].items():
         two = state("two")["net"][name]
         torch.testing.assert_close(weight, two, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["superminddpm", *CHILDREN])
+def test_one_graph_is_compiled_for_a_whole_run(tiny, monkeypatch, script):
+    """Not another for the samples in the grids or the held-out losses.
+
+    supersparse.py needs a second one, for the gradient with respect to its gates.
+    """
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m: compiled(m, backend="eager")
+    )
+    torch.compiler.reset()
+    counters.clear()
+    train(script, "fast", compile=True)
+    assert counters["stats"]["unique_graphs"] == 1 + (script == "supersparse")
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -272,8 +272,8 @@ def test_two_processes_do_what_one_does(tiny):
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 cannot run on 2 cpu"),
-        ({"RANK": "1"}, "rank 1 of 1 cannot run on 1 cpu"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2: 2 cpu here"),
+        ({"RANK": "1"}, "rank 1 of 1: 1 cpu here"),
         ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}, "rank 8 of 8"),
     ],
 )
@@ -297,9 +297,9 @@ def test_more_processes_than_gpus_are_refused_in_one_line(tiny, monkeypatch, cap
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert command_line(base, "--data tiny --out run") == 2
         said.append(capsys.readouterr().err)
-    line = "superminddpm.py: rank 0 of 2 cannot run on 1 cuda devices\n"
+    line = "superminddpm.py: rank 0 of 2: 1 cuda here (--device cpu?)\n"
     assert said == [line, ""] and not Path("run").exists()
-    with pytest.raises(ValueError, match="rank 1 of 2 cannot run on 0 mps devices"):
+    with pytest.raises(ValueError, match="rank 1 of 2: 0 mps here"):
         base.join_processes(small("run", device="mps"))
 
 
@@ -582,7 +582,7 @@ BAD = {
     "--ema-decay 1": "--ema-decay cannot be 1.0",
     "--epoch 3": "--epoch",  # no option is known by its beginning
     "--seed 99999999999999999999": "--seed cannot be 99999999999999999999",
-    "--device cuda": "rank 0 of 1 cannot run on 0 cuda devices",
+    "--device cuda": "rank 0 of 1: 0 cuda here (--device cpu?)",
     "--device gpu": "--device",
     "--wandb": "No module named 'wandb'",
 }
