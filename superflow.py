@@ -208,8 +208,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
-        x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
+        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde.
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
         x0_hat, eps_hat = self.predict(xt, t)
@@ -248,19 +247,20 @@ def logit_normal(cfg, step, device):
 
 
 def velocity(ddpm, x, t):
-    """Return u_hat at x_tau (B, C, S, S) for one t, with x0_hat clipped."""
-    norm = (ddpm.tau[t] ** 2 + (1 - ddpm.tau[t]) ** 2).sqrt()
-    x0_hat, eps_hat = ddpm.predict(x / norm, t.expand(len(x)))
+    """Return u_hat at x_tau (B, C, S, S), t (B,), with x0_hat clipped."""
+    tau = ddpm.tau[t, None, None, None]
+    x0_hat, eps_hat = ddpm.predict(x / (tau**2 + (1 - tau) ** 2).sqrt(), t)
     return eps_hat - x0_hat
 
 
 def solve_by_heun(ddpm, x, times):
     """Return x_0 from the noise x: follow the velocity, with Heun's second order."""
-    x = ddpm.tau[times[0]] * x  # times[0] is T, where x_tau is all but noise
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        far, u = ddpm.tau[s] - ddpm.tau[t], velocity(ddpm, x, t)
+    ts, taus = times[:, None].expand(-1, len(x)), ddpm.tau[times]
+    x = taus[0] * x  # at t = T x_tau is all but noise
+    for k, s in enumerate(times.tolist()[1:]):
+        far, u = taus[k + 1] - taus[k], velocity(ddpm, x, ts[k])
         if s > 0:  # the last step is Euler's: at tau = 0 eps is not defined
-            u = (u + velocity(ddpm, x + far * u, s)) / 2
+            u = (u + velocity(ddpm, x + far * u, ts[k + 1])) / 2
         x = x + far * u
     return x
 
@@ -280,7 +280,8 @@ def join_processes(cfg):
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
+        group = {"device_id": own} if own else {"backend": "gloo"}
+        dist.init_process_group(store=store, rank=rank, world_size=world, **group)
     return own or torch.device("cpu"), rank, world
 
 
@@ -382,7 +383,7 @@ def train(cfg):
     for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")) if start else ():
         part.load_state_dict(state[name])
     if cfg.compile:
-        ddpm.compile()
+        ddpm.compile(mode="reduce-overhead")
     options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
     model = nn.parallel.DistributedDataParallel(ddpm, **options) if world > 1 else ddpm
     if cfg.wandb and rank == 0:
@@ -407,10 +408,10 @@ def train(cfg):
         if cfg.t_density == "logit-normal":  # + flow
             t = logit_normal(cfg, step, device)  # + flow
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
+        opt.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             loss = model(x0, t[rank::world], eps[rank::world])
-        seen.append(loss.detach())
-        opt.zero_grad()
+        seen.append(loss.detach().clone())
         loss.backward()
         nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)

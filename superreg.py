@@ -213,8 +213,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
-        x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
+        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde.
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
         x0_hat, eps_hat = self.predict(xt, t)
@@ -253,7 +252,7 @@ def draw_t(cfg, t, p, *key):
     if (p == p[0]).all():
         return t
     g = rng("cpu", cfg.seed, *key, 6)
-    return p.multinomial(len(t), replacement=True, generator=g).to(t.device) + 1
+    return t.copy_(1 + p.multinomial(len(t), True, generator=g), non_blocking=True)
 
 
 # ---- Idea: reg ---------------------------------------------------------------------
@@ -309,7 +308,8 @@ def join_processes(cfg):
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
+        group = {"device_id": own} if own else {"backend": "gloo"}
+        dist.init_process_group(store=store, rank=rank, world_size=world, **group)
     return own or torch.device("cpu"), rank, world
 
 
@@ -408,7 +408,7 @@ def train(cfg):
     for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")) if start else ():
         part.load_state_dict(state[name])
     if cfg.compile:
-        ddpm.compile()
+        ddpm.compile(mode="reduce-overhead")
     options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
     model = nn.parallel.DistributedDataParallel(ddpm, **options) if world > 1 else ddpm
     if cfg.wandb and rank == 0:
@@ -438,13 +438,13 @@ def train(cfg):
         t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
         t = draw_t(cfg, t, density[stage], step)  # + curriculum
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
+        opt.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             loss = model(x0, t[rank::world], eps[rank::world])
-        seen.append(loss.detach())
+        seen.append(loss.detach().clone())
         lam = lambda_of(cfg, stage)  # + reg
         if lam and cfg.reg == "penalty":  # + reg
             loss = loss + lam * filter_norms(ddpm.net).sum()  # + reg
-        opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)

@@ -84,8 +84,9 @@ def solve(ddpm, xt, sampler="ddim", steps=50, eta=0.0, noise=None):
     n = steps // 2 + 1 if sampler == "heun" else steps
     eta, older = 1.0 if sampler == "ddpm" else eta, None
     times = torch.linspace(ddpm.T, 0, n + 1).round().long().to(xt.device)
-    for k, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True), 1):
-        ab, ab_s = ddpm.alphabar[t], ddpm.alphabar[s]
+    bars = ddpm.alphabar[times]  # looked up at once, since each look waits for a GPU
+    pairs = zip(times[:-1], times[1:], bars[:-1], bars[1:], strict=True)
+    for k, (t, s, ab, ab_s) in enumerate(pairs, 1):
         cos, sin, cos_s, sin_s = (x.sqrt() for x in (ab, 1 - ab, ab_s, 1 - ab_s))
         t, s = t.expand(len(xt)), s.expand(len(xt))
         if sampler == "heun" and k <= steps - n:  # the mean of the slopes at both ends

@@ -221,8 +221,7 @@ class DDPM(nn.Module):
     def p_sample(self, xt, t, s, eta, z):
         """Return x_s from x_t, s < t, Eq. 12 of DDIM (Song et al., arXiv:2010.02502).
 
-        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde:
-        x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_hat) / sqrt(alpha_t) + sigma z
+        Without the clip, eta 1 with s = t - 1 is Algorithm 2, sigma^2 = beta-tilde.
         """
         ab, ab_s = (self.alphabar[k, None, None, None] for k in (t, s))
         x0_hat, eps_hat = self.predict(xt, t)
@@ -261,7 +260,7 @@ def draw_t(cfg, t, p, *key):
     if (p == p[0]).all():
         return t
     g = rng("cpu", cfg.seed, *key, 6)
-    return p.multinomial(len(t), replacement=True, generator=g).to(t.device) + 1
+    return t.copy_(1 + p.multinomial(len(t), True, generator=g), non_blocking=True)
 
 
 # ---- Idea: sparse ------------------------------------------------------------------
@@ -276,8 +275,8 @@ def gate_scores(ddpm, cfg, images, p, step, mine, batches=20):
         t = draw_t(cfg, t, p, step, k)
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
         x0 = images[index[mine].to(images.device)].to(device) / 127.5 - 1
-        loss = ddpm(x0, t[mine], eps[mine]) * len(x0) / cfg.batch
-        (slope,) = torch.autograd.grad(loss, gate)
+        loss = ddpm.forward(x0, t[mine], eps[mine])  # eager
+        (slope,) = torch.autograd.grad(loss * len(x0) / cfg.batch, gate)
         if dist.is_initialized():
             dist.all_reduce(slope)  # DDP does this for weights only
         score = score + slope.abs()
@@ -316,7 +315,8 @@ def join_processes(cfg):
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store outlives a restart
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=world, device_id=own)
+        group = {"device_id": own} if own else {"backend": "gloo"}
+        dist.init_process_group(store=store, rank=rank, world_size=world, **group)
     return own or torch.device("cpu"), rank, world
 
 
@@ -415,7 +415,7 @@ def train(cfg):
     for part, name in ((ddpm, "net"), (ema, "ema"), (opt, "opt")) if start else ():
         part.load_state_dict(state[name])
     if cfg.compile:
-        ddpm.compile()
+        ddpm.compile(mode="reduce-overhead")
     options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
     model = nn.parallel.DistributedDataParallel(ddpm, **options) if world > 1 else ddpm
     if cfg.wandb and rank == 0:
@@ -448,10 +448,10 @@ def train(cfg):
         t = torch.randint(1, cfg.T + 1, (cfg.batch,), generator=g, device=device)
         t = draw_t(cfg, t, density[stage], step)  # + curriculum
         eps = torch.randn(cfg.batch, *ddpm.shape, generator=g, device=device)
+        opt.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             loss = model(x0, t[rank::world], eps[rank::world])
-        seen.append(loss.detach())
-        opt.zero_grad()
+        seen.append(loss.detach().clone())
         loss.backward()
         nn.utils.clip_grad_norm_(ddpm.parameters(), cfg.grad_clip or torch.inf)
         lr = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1)) * (1 - step / total)

@@ -155,7 +155,8 @@ class Options:
     seeds: int = 8  # seeds 0 .. N - 1 of every arm
     arms: tuple[Literal[tuple(ARMS)], ...] = tuple(ARMS)  # which of them
     n_samples: int = 0  # drawn from each run (0: as many as there are to train on)
-    compile: bool = False  # compile the loss: a slow start, faster on a GPU
+    compile: bool = False  # compile the loss: a slow start, then faster
+    bf16: bool = False  # bfloat16 autocast in training
     curve: int = 0  # epochs between the points of a kept loss curve (0: keep none)
 
     def __post_init__(self):
@@ -177,7 +178,8 @@ def configure(options, key):
     words = "-".join([options.name, *map(str, key.values())]).replace(" ", "-")
     how = {"data": options.data, "seed": key["seed"], "steps": key["steps"]}
     how |= {"out": str(ROOT / "runs" / "compare" / words), "resume": True}
-    how |= {"every": options.curve or 10**6, "quiet": True, "compile": options.compile}
+    how |= {"every": options.curve or 10**6, "quiet": True}
+    how |= {"compile": options.compile, "bf16": options.bf16}
     return module, module.Config(**(recipe | own | how))
 
 

@@ -64,7 +64,7 @@ def tiny():
 
 def state(folder):
     """Return the last checkpoint of a run."""
-    return torch.load(Path(folder) / "last.pt", weights_only=True)
+    return torch.load(Path(folder) / "last.pt", map_location="cpu", weights_only=True)
 
 
 def assert_same_run(a, b):

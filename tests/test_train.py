@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed as dist
 import torch.distributed.run
 from conftest import ROOT, assert_same_run, command_line, finish, start, state
 from torchvision.io import ImageReadMode, decode_image
@@ -301,6 +302,15 @@ def test_more_processes_than_gpus_are_refused_in_one_line(tiny, monkeypatch, cap
     assert said == [line, ""] and not Path("run").exists()
     with pytest.raises(ValueError, match="rank 1 of 2: 0 mps here"):
         base.join_processes(small("run", device="mps"))
+    # the hint is right: on the CPU two do fit, but not with the GPU's own backend
+    said.clear()
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([("store", 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda **how: said.append(how))
+    base.join_processes(small("run", device="cpu"))
+    assert said == [{"store": "store", "rank": 1, "world_size": 2, "backend": "gloo"}]
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    base.join_processes(small("run"))
+    assert said[1]["device_id"] == torch.device("cuda", 1) and len(said[1]) == 4
 
 
 def test_clips_are_refused_by_name(tiny):
@@ -468,7 +478,7 @@ def test_compile_leaves_clean_keys(tiny):
     """A backend that compiles nothing shows the keys as well as a real one."""
     compiled = torch.nn.Module.compile
 
-    def eager(self):
+    def eager(self, mode):
         compiled(self, backend="eager")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -714,6 +724,7 @@ def test_importing_does_nothing():
 import os, sys
 sys.argv = ["x", "--bogus"]
 import torch
+import torch.distributed as dist
 before = torch.initial_seed(), torch.get_rng_state().tolist(), os.listdir()
 import superminddpm
 assert before == (torch.initial_seed(), torch.get_rng_state().tolist(), os.listdir())
