@@ -2,20 +2,31 @@
 
     python notebooks/run.py          all notebooks of this folder
     python notebooks/run.py 02 00    those whose names begin so
+    python notebooks/run.py --links  none: only writes the links below their titles
+    python notebooks/run.py --clear FOLDER  none: copies all for a class, see below
 
 Each one is run from top to bottom in a new kernel and then scrubbed of all that another
 run would change: widget state (with it, web viewers show "Invalid Notebook"), views of
-widgets, times, random cell ids, versions. A second run changes no line.
+widgets, times, random cell ids, versions. A second run changes no line. The links lead
+to the notebooks before and after, so a new one also changes its neighbours.
+
+The copy for a class has all that the lessons need, but no outputs: these would give
+away the answers to the PREDICT questions.
 """
 
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+from ipykernel.ipkernel import IPythonKernel
+from jupyter_client.kernelspec import get_kernel_spec
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+ROOT = HERE.resolve().parent
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -41,14 +52,19 @@ def scrub_output(out):
     return None if is_widget and out.data.keys() <= {"text/plain"} else out
 
 
-def run(path):
-    """Execute the notebook at path, scrub and write it; return the seconds it took."""
+def cleared(path):
+    """Return the notebook at path without outputs."""
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    return nb
+
+
+def execute(path, env=os.environ):
+    """Return the notebook at path, run from top to bottom in a new kernel, scrubbed."""
+    nb = cleared(path)
     where = {"metadata": {"path": str(path.parent)}}
-    clock = time.perf_counter()
     NotebookClient(
         nb,
         timeout=300,
@@ -57,21 +73,80 @@ def run(path):
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
-    ).execute()
-    seconds = time.perf_counter() - clock
-    nbformat.write(scrub(nb), path)
-    return seconds
+    ).execute(env=env)
+    return scrub(nb)
+
+
+def run(path):
+    """Execute the notebook at path, scrub and write it; return the seconds it took."""
+    clock = time.perf_counter()
+    nbformat.write(execute(path), path)
+    return time.perf_counter() - clock
+
+
+def kernel():
+    """Return the metadata that JupyterLab writes into a notebook when it opens it here.
+
+    It names the version of Python. So a notebook from another machine is marked as
+    modified as soon as it is opened, and a copy for a class should have this.
+    """
+    spec = get_kernel_spec("python3").to_dict()
+    spec = {key: spec[key] for key in ("display_name", "language")}
+    language = IPythonKernel.language_info
+    return {"kernelspec": {"name": "python3", **spec}, "language_info": language}
+
+
+def copy_for_class(folder):
+    """Copy the repository to a new folder, its notebooks without outputs."""
+    folder = folder.resolve()
+    if folder.exists() or folder.is_relative_to(ROOT):
+        sys.exit("run.py: --clear wants a new folder, outside of the repository")
+    other = shutil.ignore_patterns(".*", "runs", "data", "site", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=other)
+    for path in folder.glob("notebooks/*.ipynb"):
+        nb = cleared(path)
+        nb.metadata = kernel()
+        nbformat.write(nb, path)
+
+
+def way(path):
+    """Return the line that links the notebook at path to those before and after it."""
+    names = sorted(other.name for other in path.parent.glob("[0-9]*.ipynb"))
+    k = names.index(path.name)
+    targets = {
+        "previous": names[k - 1] if k else "",
+        "contents": names[0] if k else "",
+        "glossary": "glossary.md",
+        "next": "".join(names[k + 1 : k + 2]),
+    }
+    return " · ".join(f"[{word}]({name})" for word, name in targets.items() if name)
+
+
+def link(path):
+    """Write way(path) below the title of the notebook at path, where it differs."""
+    nb = nbformat.read(path, 4)
+    title, *rest = nb.cells[0].source.split("\n\n")
+    old = "[glossary](glossary.md)" in rest[0]
+    source = "\n\n".join([title, way(path), *rest[old:]])
+    if source != nb.cells[0].source:
+        nb.cells[0].source = source
+        nbformat.write(nb, path)
 
 
 def main():
+    if len(sys.argv) == 3 and sys.argv[1] == "--clear":
+        return copy_for_class(Path(sys.argv[2]))
     names = sys.argv[1:] or [""]
+    names = [name for name in names if name != "--links"]
     paths = [path for name in names for path in sorted(HERE.glob(f"{name}*.ipynb"))]
-    if not paths:
+    if names and not paths:
         sys.exit(f"run.py: no notebook here begins with {' or '.join(names)}")
     for path in paths:
         seconds = run(path)
         size = path.stat().st_size / 1e3
         print(f"{path.name:32} {seconds:5.0f} s {size:6.0f} kB", flush=True)
+    for path in HERE.glob("[0-9]*.ipynb"):
+        link(path)
 
 
 if __name__ == "__main__":

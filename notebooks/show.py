@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import math
+import os
 import re
 import runpy
 from numbers import Number
@@ -17,7 +18,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import torch
 from cycler import cycler
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 from matplotlib import get_data_path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -172,6 +173,24 @@ def contact_sheet(pictures, titles):
     return sheet
 
 
+def html_player(pictures, titles, label, captions, start):
+    """Show a player that needs no kernel; the script in site.html.j2 moves it."""
+    figures = []
+    for picture, title, caption in zip(pictures, titles, captions, strict=True):
+        source = f"data:image/png;base64,{base64.b64encode(to_png(picture)).decode()}"
+        title, hidden = html.escape(title), " hidden" * (len(figures) != start)
+        text = f"<b>{title}</b> &nbsp; {html.escape(caption)}"
+        image = f'<img src="{source}" alt="{title}">'
+        figures.append(
+            f"<figure{hidden}>{image}<figcaption>{text}</figcaption></figure>"
+        )
+    last = len(figures) - 1
+    slider = f'<input type="range" max="{last}" value="{start}" autocomplete="off">'
+    label = f"<label>{html.escape(label)} {slider}</label>"
+    play = '<button type="button" title="play or stop">▶</button>'
+    display(HTML(f'<div class="player">{play} {label}{"".join(figures)}</div>'))
+
+
 def player(frames, values, label, captions, start=0):
     """Show frames behind a slider and a play button, a caption under each.
 
@@ -184,6 +203,8 @@ def player(frames, values, label, captions, start=0):
     if not len({picture.size for picture in pictures}) == 1 < len(pictures):
         raise ValueError("a player wants two or more frames, all of one size")
     titles = [f"{label} = {value}" for value in values]
+    if os.environ.get("PLAYERS") == "html":  # site.py asks so
+        return html_player(pictures, titles, label, captions, start)
     children = []
     for picture, title, caption in zip(pictures, titles, captions, strict=True):
         text = f"<b>{html.escape(title)}</b> &nbsp; {html.escape(caption)}"

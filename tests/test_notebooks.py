@@ -337,6 +337,7 @@ RUN_ALL = """() => {
 def test_players_work_in_a_browser(name, executed, site, server, request):
     browser = request.getfixturevalue("browser")
     nb = up_to_last_player(BOOKS[name])
+    nb.metadata = run.kernel()
     nbformat.write(nb, site[0] / "repo" / "notebooks" / f"player-{name}.ipynb")
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     wrong = []
@@ -345,7 +346,12 @@ def test_players_work_in_a_browser(name, executed, site, server, request):
     page.goto(f"{server}/doc/tree/notebooks/player-{name}.ipynb?token=t")
     page.wait_for_function(f"{KERNEL}?.status == 'idle'", timeout=60_000)
 
-    # before anything is run: the committed pictures, and no broken widget
+    # before anything is run: not modified, the committed pictures, no broken widget
+    dirty = "jupyterapp.shell.currentWidget.context.model.dirty"
+    opened = (
+        f"async () => {{ await {KERNEL}.info; await {KERNEL}.spec; return {dirty} }}"
+    )
+    assert page.evaluate(opened) is False
     images = page.locator(".jp-OutputArea-output img")
     assert images.count() == sum(len(pictures(cell)) for cell in code(nb)) > 0
     for image in images.all():
@@ -404,3 +410,91 @@ def leaves(sent):
 def test_another_run_agrees_and_the_solutions_are_right(name, executed):
     done = executed[name].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# ---- Way-finding ---------------------------------------------------------------------
+@each
+def test_the_line_below_a_title_is_as_run_py_writes_it(name):
+    line = BOOKS[name].cells[0].source.split("\n\n")[1]
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    assert line == run.way(path), "python notebooks/run.py --links"
+
+
+def test_a_new_notebook_enters_the_lines_of_its_neighbours(tmp_path):
+    def write(name):
+        cell = nbformat.v4.new_markdown_cell("# A title\n\nText.\n\nMore.", id="c00")
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / name)
+
+    def linked():
+        paths = sorted(tmp_path.glob("*.ipynb"))
+        [run.link(path) for path in paths for _ in range(2)]  # the second: no change
+        return [nbformat.read(path, 4).cells[0].source for path in paths]
+
+    write("00_a.ipynb")
+    write("02_c.ipynb")
+    first, last = linked()
+    assert first == (
+        "# A title\n\n[glossary](glossary.md) · [next](02_c.ipynb)\n\nText.\n\nMore."
+    )
+    write("01_b.ipynb")
+    start = "[contents](00_a.ipynb) · [glossary](glossary.md)"
+    first, new, last = linked()
+    assert first.split("\n\n")[1:] == [
+        "[glossary](glossary.md) · [next](01_b.ipynb)",
+        "Text.",
+        "More.",
+    ]
+    assert f"\n\n[previous](00_a.ipynb) · {start} · [next](02_c.ipynb)\n\nT" in new
+    assert last == f"# A title\n\n[previous](01_b.ipynb) · {start}\n\nText.\n\nMore."
+
+
+def test_the_glossary_has_each_term_that_is_linked():
+    """In alphabetical order; its own links open, too."""
+    text = (ROOT / "notebooks" / "glossary.md").read_text()
+    anchors = re.findall(r'^<a id="([^"]+)"></a>\*\*', text, re.M)
+    terms = re.findall(r"</a>\*\*([^*]+)\*\*", text)
+    assert len(set(anchors)) == len(anchors) == len(terms) > 40
+    plain = [term.lower().replace("é", "e") for term in terms]
+    assert plain == sorted(plain)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    targets += [link for nb in BOOKS.values() for link in links(nb)]
+    for target in targets:
+        file, _, term = target.partition("#")
+        if file in ("", "glossary.md"):
+            assert not term or term in anchors, target
+        elif not file.startswith("https://"):
+            assert (ROOT / "notebooks" / file).is_file(), target
+
+
+# ---- A copy for a class --------------------------------------------------------------
+def test_a_copy_for_a_class_has_no_outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--clear", "class"])
+    run.main()
+    copies = sorted(tmp_path.glob("class/notebooks/*.ipynb"))
+    assert [path.name for path in copies] == [path.name for path in PATHS]
+    for path, nb in zip(copies, BOOKS.values(), strict=True):
+        cells = nbformat.read(path, 4).cells
+        assert [cell.source for cell in cells] == [cell.source for cell in nb.cells]
+        for cell in code(nbformat.from_dict({"cells": cells})):
+            assert cell.outputs == [] and cell.execution_count is None
+        for link in links(nb):
+            file = path.parent / link.split("#")[0]
+            assert link.startswith("https://") or file.is_file(), link
+    for folder in ("class", ROOT / "class"):  # never over a copy, never into itself
+        monkeypatch.setattr(sys, "argv", ["run.py", "--clear", str(folder)])
+        with pytest.raises(SystemExit, match="new folder"):
+            run.main()
+
+
+@pytest.mark.slow
+def test_a_copy_for_a_class_finds_its_own_scripts_and_answers(tmp_path):
+    run.copy_for_class(tmp_path / "class")
+    notebooks = tmp_path / "class" / "notebooks"
+    first = code(BOOKS["00_start_here"])[0].source
+    source = f"{first}\ncheck(1, '00.5')\nprint(ROOT)"
+    env = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", source]
+    options = {"cwd": notebooks, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=True, **options)
+    said, root = done.stdout.splitlines()
+    assert said.startswith("Not yet: ") and root == str(tmp_path / "class")

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed as dist
 import torch.distributed.run
 from conftest import ROOT, assert_same_run, command_line, finish, start, state
 from torchvision.io import ImageReadMode, decode_image
