@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py                  hours: not measured
     python benchmarks/cost.py --tflops 100     hours at a rate that you know
-    python benchmarks/cost.py --speed benchmarks/results/speed.json    at a measured one
+    python benchmarks/cost.py --speed benchmarks/results/speed-h200-1024.json
 
 Everything but the hours is counted, on tensors without data, so that no size is too
 large for the machine that counts:

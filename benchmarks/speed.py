@@ -326,11 +326,11 @@ def report(result):
     lines = [line.format(**result) for line in lines]
     for pair in result["pairs"]:
         lines += ["", "n-feat {n_feat}, batch {batch}".format(**pair)]
-        head = f"{'':37}{'images/s':>10}{'(range)':>22}{'ms a step':>11}{'recipe':>11}"
+        head = f"{'':37}{'images/s':>10}{'(range)':>25}{'ms a step':>11}{'recipe':>11}"
         lines.append(head + ("    idle      memory" if result["gpu"] else ""))
         for row in pair["rows"]:
             spread = "({low:,.1f} to {high:,.1f})".format(**row)
-            line = f"{row['what']:37}{row['images_per_s']:10,.1f}{spread:>22}"
+            line = f"{row['what']:37}{row['images_per_s']:10,.1f}{spread:>25}"
             line += f"{row['ms']:11.2f}{row['hours']:9.3g} h"
             if result["gpu"]:
                 idle = "?" if row["idle"] is None else f"{row['idle']:.0%}"

@@ -273,14 +273,17 @@ def test_every_pair_of_width_and_batch_is_measured(monkeypatch, capsys):
 
 
 def test_stored_figures_and_counts_are_told_alike_everywhere():
-    """speed.json is of the base before its redesign, speed.txt had a roofline then."""
     results = ROOT / "benchmarks" / "results"
-    result = json.loads((results / "speed.json").read_text())
-    told = [line.replace(" 32 ", " ") for line in speed.report(result).splitlines()]
-    stored = (results / "speed.txt").read_text()
-    assert all(row in stored for row in told if row.startswith(("loop  ", "bare, ")))
     scale = (ROOT / "benchmarks" / "SCALE.md").read_text()
-    for row in cost.table((32,), 0):
+    stored, told = (results / "speed-h200.txt").read_text(), 0
+    for batch in (256, 1024):
+        result = json.loads((results / f"speed-h200-{batch}.json").read_text())
+        assert speed.report(result) in stored
+        for row in result["pairs"][0]["rows"]:
+            told += f" {row['images_per_s']:,.0f} |" in scale
+    assert told >= 14
+    tflops = cost.measured_rate(results / "speed-h200-1024.json")
+    for row in cost.table((32,), tflops):
         assert row in scale and row in (results / "cost.txt").read_text()
 
 
