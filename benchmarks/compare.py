@@ -21,8 +21,8 @@ by the clock, so leave the machine alone).
 Each finished run is a line of benchmarks/results/compare-NAME.jsonl, where NAME is
 --name or the data. A second call does only what is missing, also after a kill, and one
 with another protocol is refused. The tables go to compare-NAME.txt, and some images
-that the runs of seed 0 drew, never real ones, to compare-NAME.npz. The stored digits,
-mnist and faces16 are of an earlier base, so give your own runs another name.
+that the runs of seed 0 drew, never real ones, to compare-NAME.npz. Give your own runs
+another name than the stored digits and celeba32.
 
 The verdict on an arm, by a rule fixed beforehand: better or worse if the interval of
 its mean difference to base leaves out 0, else tied. With 95 % all intervals of a table
@@ -335,21 +335,20 @@ def mean_se(found):
     return np.mean(found), se
 
 
-def readme_rows(lines, steps, columns):
-    """Return a table's rows in Markdown; columns: (learning rate falls, measure)."""
-    runs = [pick(lines, steps, decay) for decay, _ in columns]
-    rows = []
-    for arm in (arm for arm in runs[0] if all(arm in each for each in runs)):
+def readme_rows(lines, steps, chosen):
+    """Return a table's rows in Markdown: mean, less base, and verdict, by measure."""
+    runs, rows = pick(lines, steps), []
+    ranks = {measure: ranking(runs, measure) for measure in chosen}
+    for arm, own in runs.items():
         row = f"| {arm} |"
-        for (_, measure), each in zip(columns, runs, strict=True):
+        for measure, found in ranks.items():
             form = MEASURES[measure][1]
-            row += f" {np.mean(values(each[arm], measure)):{form}} |"
-            if arm == "base":
+            row += f" {np.mean(values(own, measure)):{form}} |"
+            if arm not in found:
                 row += " | |"
-            else:
-                d = differences(each[arm], each["base"], measure)
-                mean, se, word = verdict(d)
-                row += f" {mean:+{form}} ± {se:{form}} | {word} |"
+                continue
+            mean, low, high, word = found[arm]
+            row += f" {mean:+{form}} ({low:+{form}} to {high:+{form}}) | {word} |"
         rows.append(row)
     return rows
 
