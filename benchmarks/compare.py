@@ -120,6 +120,8 @@ DENSITIES = {  # how often each t is drawn, in place of what the script's option
 
 PAIRS = (  # what else is compared: the first less the second
     ("curriculum", "shuffled"),
+    ("reverse", "reverse, shuffled"),
+    ("high noise first", "low noise first"),
     ("curriculum in log-SNR", "curriculum"),
     ("sparse gradient", "curriculum"),
     ("sparse gradient", "sparse random"),
@@ -356,7 +358,7 @@ def readme_rows(lines, steps, chosen):
 def judged(runs, measure, floor):
     """Return the lines of a table: what the arms score in a measure, and less base."""
     title, form = MEASURES[measure]
-    head = f"{'arm':27}{'seeds':>6}{'mean':>11}{'less base, 95 %':>34}     verdict"
+    head = f"{'arm':27}{'seeds':>6}{'mean':>11}{'less base, 95 %':>34}       verdict"
     text, ranks = [title, head, "-" * len(head)], ranking(runs, measure)
     for arm, own in runs.items():
         found = values(own, measure)
@@ -365,7 +367,7 @@ def judged(runs, measure, floor):
         if arm in ranks:
             mean, low, high, word = ranks[arm]
             row = f"{row:56}{mean:+{form}} ({low:+{form}} to {high:+{form}})"
-            row = f"{row:83}{word}"
+            row = f"{row:85}{word}"
         text.append(row)
     if measure in floor:
         text.append(f"{'(held-out images)':33}{floor[measure]:11{form}}")
