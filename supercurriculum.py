@@ -1,7 +1,7 @@
 """A curriculum over noise levels: high noise first, then stage by stage all of it.
 
 High noise hides fine features: t / T is uniform in [0.8, 1] first, at last in [0, 1].
-Kim et al. 2025 (arXiv:2403.10348) gain by it; here it costs held-out loss (RESULTS.md).
+Kim et al. 2025 (arXiv:2403.10348) gain by it; on our digits it harms (RESULTS.md).
 
     python supercurriculum.py                        8x8 digits in about a minute
     torchrun --standalone --nproc_per_node=2 supercurriculum.py --out runs/two

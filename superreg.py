@@ -23,7 +23,7 @@ Mind:
     around and says little about function.
  4. Zeros are counted in the raw weights, and they all come back when lambda is 0.
 
-From the curriculum and sparsity fork of minDiffusion. It costs loss: see RESULTS.md.
+From the curriculum and sparsity fork of minDiffusion. It harms: see RESULTS.md.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
