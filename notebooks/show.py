@@ -209,7 +209,7 @@ def player(frames, values, label, captions, start=0):
     for picture, title, caption in zip(pictures, titles, captions, strict=True):
         text = f"<b>{html.escape(title)}</b> &nbsp; {html.escape(caption)}"
         image = widgets.Image(value=to_png(picture), format="png")
-        image.layout = {"max_width": "100%", "object_fit": "contain"}
+        image.layout = {"max_width": "100%", "align_self": "flex-start"}
         children.append(widgets.VBox([image, widgets.HTML(text)]))
     last = len(children) - 1
     stack = widgets.Stack(children, selected_index=start)

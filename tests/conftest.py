@@ -7,6 +7,7 @@ slow: they kill and restart processes, execute whole notebooks or open a browser
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable".split()
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 FAST = multiprocessing.get_context("forkserver")
 FAST.set_forkserver_preload(["superminddpm"])
 
@@ -44,6 +47,20 @@ def alone(tmp_path, monkeypatch):
     for name in ("CELEBA_PATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium for all tests: a second one in the same thread is refused."""
+    from playwright.sync_api import sync_playwright
+
+    if not CHROMIUM:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_playwright() as p:
+        # a sandbox of its own is not to be had as root, nor in a container
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

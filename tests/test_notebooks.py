@@ -33,8 +33,6 @@ import show
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BOOKS = {path.stem: nbformat.read(path, 4) for path in PATHS}
 PLAYER = "player("
-BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable".split()
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 UNANSWERED = re.compile(r"^answer = \.\.\.", re.M)
 CHECKED = "nbval-check-output"
 
@@ -304,17 +302,6 @@ def server(site):
     os.killpg(process.pid, signal.SIGKILL)  # its kernels see it go
 
 
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        # a sandbox of its own is not to be had as root, nor in a container
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def up_to_last_player(nb):
     """Return nb without what follows the last cell that shows a player."""
     last = max(k for k, cell in enumerate(nb.cells) if PLAYER in cell.source)
@@ -332,10 +319,8 @@ RUN_ALL = """() => {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
 @pytest.mark.parametrize("name", ["00_start_here", "01_which_feature_dies_first"])
-def test_players_work_in_a_browser(name, executed, site, server, request):
-    browser = request.getfixturevalue("browser")
+def test_players_work_in_a_browser(name, browser, executed, site, server):
     nb = up_to_last_player(BOOKS[name])
     nb.metadata = run.kernel()
     nbformat.write(nb, site[0] / "repo" / "notebooks" / f"player-{name}.ipynb")

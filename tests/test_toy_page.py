@@ -7,7 +7,6 @@ more than the tolerance here. So toy.py, too, is run in float64.
 import base64
 import importlib.util
 import re
-import shutil
 import sys
 
 import numpy as np
@@ -16,24 +15,11 @@ import torch
 from conftest import ROOT
 from scipy.stats import kstest
 
-BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable".split()
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 PAGE = (ROOT / "notebooks" / "toy.html").as_uri()
 STEPS = 200  # of a run; all births are in it, and the last quarter with a falling rate
 HELD = 256  # samples held out at each noise level
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        yield p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -1,0 +1,235 @@
+"""The web site: every link, formula and player of every page, in a real Chromium.
+
+Two lessons are executed; the others show what they were stored with. To test a whole
+site that was built before: SITE=site python -m pytest --all tests/test_site.py
+"""
+
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+SITE = runpy.run_path(str(ROOT / "notebooks" / "site.py"))  # `import site` is Python's
+LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+EXECUTED = ["01", "11"]  # quick ones; players with figures, and with pictures
+
+# What a reader sees, with all that is folded opened.
+FACTS = """() => {
+    document.querySelectorAll("details").forEach(part => { part.open = true })
+    const all = kind => [...document.querySelectorAll(kind)]
+    const text = document.querySelector("main").cloneNode(true)
+    text.querySelectorAll("pre, code").forEach(part => part.remove())
+    return {
+        links: all("a[href], img[src], link[href]").map(part => part.href || part.src),
+        way: all("nav a[rel]").map(part => part.rel + " " + part.href),
+        ids: all("[id]").map(part => part.id),
+        text: text.textContent,
+        formulas: all("math").map(part => part.getBoundingClientRect().width),
+        errors: all("merror").length,
+        pictures: all("img").filter(part => !part.closest("[hidden]"))
+            .map(part => part.naturalWidth),
+        width: document.documentElement.scrollWidth,
+    }
+}"""
+
+# The least contrast of a text with what is behind it, by the formula of WCAG 2.
+CONTRAST = """() => {
+    const rgb = color => color.match(/[\\d.]+/g).map(Number)
+    const light = color => {
+        const [r, g, b] = rgb(color).map(x => x / 255)
+            .map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+    }
+    const behind = part => {
+        const color = getComputedStyle(part).backgroundColor
+        return rgb(color)[3] === 0 ? behind(part.parentElement) : color
+    }
+    let least = [21, ""]
+    for (const part of document.body.querySelectorAll("*:not(script)")) {
+        const own = [...part.childNodes].filter(node => node.nodeType === 3)
+        if (!own.some(node => node.data.trim())) continue
+        const pair = [light(getComputedStyle(part).color), light(behind(part))]
+        const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05)
+        if (contrast < least[0]) least = [contrast, part.textContent]
+    }
+    return [...least, light(getComputedStyle(document.documentElement).backgroundColor)]
+}"""
+
+
+def moved(player):
+    """Return the picture and the caption at each value that the keyboard reaches."""
+    slider, seen = player.get_by_role("slider"), []
+    slider.press("Home")
+    for _ in range(int(slider.get_attribute("max")) + 1):
+        figure = player.locator("figure").filter(visible=True)  # fails if there are two
+        picture, caption = figure.locator("img"), figure.inner_text()
+        assert picture.evaluate("img => img.decode().then(() => img.naturalWidth)") > 50
+        assert slider.evaluate("slider => slider.ariaValueText") == caption
+        seen.append((picture.get_attribute("src"), caption))
+        slider.press("ArrowRight")
+    return seen
+
+
+def played(page, player):
+    """Return the values of a slider while the button plays, from the beginning."""
+    slider = player.get_by_role("slider")
+    slider.press("Home")
+    values = [slider.input_value()]
+    player.get_by_role("button").click()
+    for _ in range(2):
+        page.wait_for_timeout(500)
+        values.append(slider.input_value())
+    player.get_by_role("button").click()
+    return values
+
+
+def visit(browser, out):
+    """Return {page: what Chromium sees there}, for all pages below out."""
+    seen = {}
+    page, wrong = browser.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text))
+    page.on("request", lambda sent: wrong.append(sent.url))
+    for path in sorted(out.rglob("*.html")):
+        wrong.clear()
+        page.set_viewport_size({"width": 1100, "height": 800})
+        page.goto(path.as_uri())
+        if path.name == "toy.html":  # has tests of its own
+            seen[path] = {"links": [], "ids": [], "wrong": [*wrong]}
+            continue
+        players = page.locator(".player").all()
+        seen[path] = {"played": [played(page, one) for one in players[:1]]}
+        seen[path]["players"] = [moved(one) for one in players]
+        seen[path] |= page.evaluate(FACTS)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            seen[path][scheme] = page.evaluate(CONTRAST)
+        page.set_viewport_size({"width": 390, "height": 800})
+        seen[path]["narrow"] = page.evaluate("document.body.scrollWidth")
+        seen[path]["wrong"] = [*wrong]
+    page.close()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(browser, tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    if "SITE" in os.environ:
+        out = ROOT / os.environ["SITE"]
+    else:
+        SITE["build"](out, EXECUTED)
+    return visit(browser, out)
+
+
+def lessons(seen):
+    """Return {path of a notebook: what is seen on its page}."""
+    pages = {path.stem: facts for path, facts in seen.items()}
+    return {path: pages[path.stem] for path in LESSONS}
+
+
+@pytest.mark.slow
+def test_every_link_opens_within_the_site(seen):
+    inside = {path.as_uri(): facts["ids"] for path, facts in seen.items()}
+    out = min(seen, key=lambda path: len(path.parts)).parent
+    for path, facts in seen.items():
+        for link in facts["links"]:
+            file, _, term = link.partition("#")
+            if file.startswith("file:"):
+                assert Path(unquote(urlsplit(file).path)).is_file(), (path, link)
+                assert file.startswith(out.as_uri()), (path, link)
+                assert not term or unquote(term) in inside[file], (path, link)
+            else:
+                assert file.startswith(("https://", "data:")), (path, link)
+    pages = [facts["way"] for facts in lessons(seen).values()]
+    stems = {path.stem: path.as_uri() for path in seen}
+    for k, way in enumerate(pages):  # at the top and at the bottom
+        before = [f"prev {stems[path.stem]}" for path in LESSONS[:k][-1:]]
+        after = [f"next {stems[path.stem]}" for path in LESSONS[k + 1 :][:1]]
+        assert way == 2 * (before + after), LESSONS[k]
+
+
+@pytest.mark.slow
+def test_no_page_asks_for_anything_outside_or_logs_an_error(seen):
+    out = min(seen, key=lambda path: len(path.parts)).parent
+    for path, facts in seen.items():
+        mine = (out.as_uri(), "data:")
+        assert not [x for x in facts["wrong"] if not x.startswith(mine)], path
+        assert all(width > 0 for width in facts.get("pictures", [])), path
+
+
+@pytest.mark.slow
+def test_every_formula_is_typeset(seen):
+    """As many as a regular expression finds in the source, and none is left raw."""
+    for path, facts in seen.items():
+        assert not re.search(r"[$\\]", facts.get("text", "")), path
+        assert not facts.get("errors"), path
+        assert all(width > 0 for width in facts.get("formulas", [])), path
+    for path, facts in lessons(seen).items():
+        cells = nbformat.read(path, 4).cells
+        outputs = [out for cell in cells for out in cell.get("outputs", [])]
+        texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+        texts += [out.get("data", {}).get("text/markdown", "") for out in outputs]
+        text = re.sub(r"```.*?```|`[^`]*`", "", "\n\n".join(texts), flags=re.S)
+        formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.S)
+        assert len(facts["formulas"]) == len(formulas), path
+
+
+@pytest.mark.slow
+def test_every_player_moves(seen):
+    """The keyboard reaches another picture and another caption at each value."""
+    for path, facts in lessons(seen).items():
+        if "SITE" in os.environ or path.name.startswith(tuple(EXECUTED)):
+            cells = nbformat.read(path, 4).cells
+            code = [cell.source for cell in cells if cell.cell_type == "code"]
+            assert len(facts["players"]) == sum("player(" in cell for cell in code) > 0
+            for frames in facts["players"]:
+                for part in zip(*frames, strict=True):  # pictures, captions
+                    assert len(set(part)) == len(frames) > 1, path
+            for values in facts["played"]:
+                first, second, third = map(int, values)
+                assert 0 == first < second < third, path
+
+
+@pytest.mark.slow
+def test_every_page_can_be_read_on_a_dark_or_narrow_screen(seen):
+    for path, facts in seen.items():
+        if "light" in facts:
+            assert facts["width"] <= 1100 and facts["narrow"] <= 390, path
+            for scheme in ("light", "dark"):
+                contrast, text, _ = facts[scheme]
+                assert contrast >= 4.5, (path, scheme, text)
+            assert facts["dark"][2] < 0.05 and facts["light"][2] > 0.9
+
+
+def test_every_formula_is_known_to_the_converter():
+    """It raises an error at a command that it cannot typeset."""
+    render = SITE["EXPORTER"].filters["markdown2html"]
+    for path in [*LESSONS, *ROOT.glob("*.md"), *ROOT.glob("notebooks/*.md")]:
+        for cell in SITE["read"](path, execute=False).cells:
+            if cell.cell_type == "markdown":
+                render(cell.source)
+    with pytest.raises(Exception, match="Unknown command"):
+        render(r"$\unknown$")
+
+
+def test_the_workflow_runs_the_commands_of_the_documents():
+    """Those of README.md and of the docstring of site.py, with GitHub's own actions."""
+    workflow = ROOT / ".github" / "workflows" / "course.yml"
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    text = (ROOT / "README.md").read_text() + SITE["__doc__"]
+    known = [re.split(r"\s+#|  ", line.strip())[0] for line in text.splitlines()]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert "python -m pytest" in commands and set(commands) <= set(known)
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used)
+    (upload,) = [step for step in steps if "upload" in step.get("uses", "")]
+    assert upload["with"]["path"] == "site"
