@@ -231,7 +231,7 @@ def draw_t(cfg, t, p, *key):
     if (p == p[0]).all():
         return t
     g = rng("cpu", cfg.seed, *key, 6)
-    return t.copy_(1 + p.multinomial(len(t), True, generator=g), non_blocking=True)
+    return 1 + p.multinomial(len(t), True, generator=g).to(t.device, non_blocking=True)
 
 
 # ---- 5. Training -------------------------------------------------------------------

@@ -248,10 +248,7 @@ def test_two_processes_grow_the_channels_of_one(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["superminddpm", *CHILDREN])
 def test_one_graph_is_compiled_for_a_whole_run(tiny, monkeypatch, script):
-    """Not another for the samples in the grids or the held-out losses.
-
-    supersparse.py needs a second one, for the gradient with respect to its gates.
-    """
+    """Not another for samples in the grids, held-out losses or gradients of gates."""
     compiled = torch.nn.Module.compile
 
     def eager(module, mode):
@@ -261,7 +258,7 @@ def test_one_graph_is_compiled_for_a_whole_run(tiny, monkeypatch, script):
     torch.compiler.reset()
     counters.clear()
     train(script, "fast", compile=True)
-    assert counters["stats"]["unique_graphs"] == 1 + (script == "supersparse")
+    assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
 
