@@ -9,7 +9,6 @@ import html
 import io
 import math
 import os
-import re
 import runpy
 from numbers import Number
 from pathlib import Path
@@ -233,23 +232,6 @@ def table(head, *rows):
     lines = [head, [":--"] + ["--:"] * (len(head) - 1), *rows]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     display(Markdown(text))
-
-
-def differences(pairs):
-    """Show stored differences of held-out loss on the digits, with their verdicts.
-
-    pairs: {name of a row in compare-digits.txt: (what it is, less what)}.
-    """
-    file = Path(__file__).parents[1] / "benchmarks" / "results" / "compare-digits.txt"
-    constant, falling = (  # the learning rate
-        dict(re.findall(r"^(\S.*?)  .*?([+-]\S+ \+- \S+  \w+)$", part, re.M))
-        for part in file.read_text().split("\n\n\n")[1:3]
-    )
-    rows = []
-    for name, what in pairs.items():
-        cells = [own[name].replace("+-", "±") for own in (constant, falling)]
-        rows.append([*what, *(cell.replace("  ", ": ") for cell in cells)])
-    table(["held-out loss of", "less that of", "constant lr", "falling lr"], *rows)
 
 
 def check(answer, exercise):
