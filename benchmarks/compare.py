@@ -248,7 +248,7 @@ def run(options, key, scores):
     row, held = history[-1], module.load_images(cfg)[1]
     levels = [int(name[6:]) for name in row if name.startswith("held_t")]
     losses = [gauge.net_loss(ddpm, held, t, DRAWS) for t in levels]
-    line = {**key, "decay": True, "held_loss": float(np.mean(losses))}
+    line = {**key, "held_loss": float(np.mean(losses))}
     line |= {"train_loss": row["loss"], "nats": gauge.nats(ddpm, held)}
     line |= {f"held_t{t}": x for t, x in zip(levels, losses, strict=True)}
     line |= {"step": row["step"], "train_seconds": seconds}
@@ -293,22 +293,12 @@ def ranking(runs, measure):
     return found
 
 
-def pick(lines, steps, decay=True):
-    """Return {arm: {seed: line}} of a budget.
-
-    decay: whether the learning rate falls, as it always does now. The stored runs of
-    the earlier base had it both ways, and some of them equal time, not equal images.
-    """
+def pick(lines, steps):
+    """Return {arm: {seed: line}} of a budget."""
     runs = {}
-    for line in (line for line in lines if "arm" in line):
-        if kind_of(line) == (steps, decay) and line.get("equal") != "time":
-            runs.setdefault(line["arm"], {})[line["seed"]] = line
+    for line in (line for line in lines if line.get("steps") == steps):
+        runs.setdefault(line["arm"], {})[line["seed"]] = line
     return runs
-
-
-def kind_of(line):
-    """Return which other lines a line may be compared with."""
-    return line["steps"], line["decay"]
 
 
 def values(own, measure):
@@ -374,13 +364,12 @@ def judged(runs, measure, floor):
     return [*text, ""]
 
 
-def table(lines, steps, decay=True):
+def table(lines, steps):
     """Return the tables, as text, of all runs of a budget."""
-    runs = pick(lines, steps, decay)
+    runs = pick(lines, steps)
     base = runs.get("base", {})
-    how = "falls to 0" if decay else "is constant"
     total = next(iter(base.values()), {"step": steps})["step"]
-    text = [f"{total} steps of base, equal images, the learning rate {how}", ""]
+    text = [f"{total} steps of base, equal images", ""]
     floor = next((line["floor"] for line in lines if "floor" in line), {})
     for measure in MEASURES:
         if all(values(own, measure) for own in runs.values()):
@@ -480,7 +469,8 @@ def keep_pictures(options, path):
         kept[name] = draw(module, cfg.out, 16, 0).numpy()
         if hasattr(module, "stage_density"):
             kept[f"{name} stages"] = draw_stages(module, cfg.out).numpy()
-    np.savez_compressed(path, **kept)
+    if kept:
+        np.savez_compressed(path, **kept)
 
 
 def compare(options):
@@ -500,8 +490,8 @@ def compare(options):
     lines = read(results)
     about = next(line["protocol"] for line in lines if "protocol" in line)
     text = [", ".join(f"{name} {value}" for name, value in about.items())]
-    kinds = sorted({kind_of(line) for line in lines if "arm" in line})
-    text = "\n\n\n".join([*text, *(table(lines, *kind) for kind in kinds)]) + "\n"
+    budgets = sorted({line["steps"] for line in lines if "arm" in line})
+    text = "\n\n\n".join([*text, *(table(lines, steps) for steps in budgets)]) + "\n"
     results.with_suffix(".txt").write_text(text)
     print(text)
 

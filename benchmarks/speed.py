@@ -204,16 +204,11 @@ BARE = {  # options of torch.compile (None: eager), bf16, channels last
 def rows_of(script, cfg, images, files, options, device):
     """Return {what: run} of all rows for one network and batch.
 
-    CUDA graphs come last, since their memory stays reserved.
+    What captures CUDA graphs comes last, since their memory stays reserved.
     """
     shape, gpu = images[0].shape[1:], device.type == "cuda"
     runs = {"loop": partial(loop, script, cfg, images)}
-    if gpu or options.compiled:
-        one = replace(cfg, compile=True)
-        runs["loop, --compile"] = partial(loop, script, one, images)
     if gpu:
-        one = replace(one, bf16=True)
-        runs["loop, --compile --bf16"] = partial(loop, script, one, images)
         host = OnHost(images[0]), images[1]
         runs["loop, images on the host"] = partial(loop, script, cfg, host)
     if options.data == "celeba":
@@ -222,6 +217,12 @@ def rows_of(script, cfg, images, files, options, device):
         how, bf16, last = BARE[what]
         one = replace(cfg, bf16=bf16)
         runs[what] = partial(bare, script, one, shape, device, how, last)
+    if gpu or options.compiled:
+        one = replace(cfg, compile=True)
+        runs["loop, --compile"] = partial(loop, script, one, images)
+    if gpu:
+        one = replace(one, bf16=True)
+        runs["loop, --compile --bf16"] = partial(loop, script, one, images)
     if unknown := set(options.rows) - set(runs):
         raise ValueError(f"no row {unknown}: there are {', '.join(runs)}")
     return {what: run for what, run in runs.items() if what in (options.rows or runs)}

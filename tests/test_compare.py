@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 
 def test_every_run_has_its_line_and_a_second_call_adds_none(whole):
-    assert len(runs(whole)) == 4 and all(x["decay"] for x in runs(whole).values())
+    assert len(runs(whole)) == 4
     before = results(whole)
     assert call(whole, SHORT) == 0
     assert results(whole) == before
@@ -135,12 +135,14 @@ def test_stored_results_are_not_mixed_with_runs_of_another_schedule(monkeypatch)
     shutil.copy(ROOT / "benchmarks" / "results" / "compare-digits.jsonl", "stored")
     before = Path("stored").read_text()
     compare.agree(compare.Options(), Path("stored"))
-    betas = superminddpm.DDPM(None).alphabar.sqrt()
-    build = superminddpm.DDPM.__init__
+    less_noise, build = (
+        superminddpm.DDPM(None).alphabar.sqrt(),
+        superminddpm.DDPM.__init__,
+    )
 
     def other(self, *args):
         build(self, *args)
-        self.alphabar.copy_(betas)
+        self.alphabar.copy_(less_noise)
 
     monkeypatch.setattr(superminddpm.DDPM, "__init__", other)
     with pytest.raises(ValueError, match="untrained.*--name gives"):
@@ -248,7 +250,7 @@ def lines(**seconds):
     """Return made-up lines of three arms with these times, three seeds each."""
     loss = {"base": 1.0, "reverse": 0.9, "shuffled": 1.1}
     return [
-        {"arm": arm, "seed": seed, "decay": True, "steps": 100, "step": 100}
+        {"arm": arm, "seed": seed, "steps": 100, "step": 100}
         | {"held_loss": loss[arm] + seed / 100, "train_seconds": time}
         for arm, times in seconds.items()
         for seed, time in enumerate(times)
@@ -264,9 +266,8 @@ def test_a_table_says_what_its_lines_say():
         assert f"{mean:.4f}" in row and f"{d:+.4f}" in row and row.endswith(word)
     costs = [row.split() for row in text.split("over that of base; steps")[1:]]
     assert costs == ["base 1.00 100 reverse 2.00 100 shuffled 1.00 100".split()]
-    for other in ({"decay": False}, {"steps": 50}, {"equal": "time"}):
-        apart = [{**line, "held_loss": 7.0, **other} for line in known]
-        assert compare.table(known + apart, 100) == text
+    apart = [{**line, "held_loss": 7.0, "steps": 50} for line in known]
+    assert compare.table(known + apart, 100) == text
 
 
 def test_every_arm_is_a_script_with_options_that_fit():
