@@ -4,12 +4,13 @@
     python benchmarks/guidance.py runs/superguide-digits/last.pt
 
 Takes a checkpoint of superguide.py. For each strength w draws 1000 digits by DDIM with
-50 steps, 100 of each label, from the same noise for every w.
+50 steps, 100 of each label, from the same noise for every w. Writes
+benchmarks/results/guidance.txt.
 
  - agrees: share in which a classifier (that of benchmarks/quality.py, trained on real
    digits) sees the label that was asked for
  - variety: standard deviation of the pixels within a label, over that of real digits
- - Frechet / floor: as in benchmarks/quality.py, all labels together
+ - Frechet / floor: as in benchmarks/quality.py, all labels together, in groups of 359
 """
 
 import sys
@@ -42,7 +43,10 @@ def main():
         judge = train_judge(images, labels)
     right = (judge(held).argmax(1) == held_labels).float().mean()
     own = variety(held, held_labels) / variety(images, labels)
-    print(f"{'real':>6}: agrees {right:.3f}, variety {own:.2f} (held-out digits)")
+    far = score(held, images, held, held_labels, judge)["Frechet distance / floor"]
+    lines = ["python superguide.py", f"python benchmarks/guidance.py {sys.argv[1]}", ""]
+    row = f"agrees {right:.3f}, variety {own:.2f}, Frechet / floor {far:.2f}"
+    lines.append(f"real: {row} (held-out digits)")
     y, g = torch.arange(1000) % 10, torch.Generator().manual_seed(0)
     xt = torch.randn(len(y), *ddpm.shape, generator=g)
     for w in STRENGTHS:
@@ -53,7 +57,10 @@ def main():
         scores = score(drawn, images, held, held_labels, judge)
         far = scores["Frechet distance / floor"]
         row = f"agrees {agrees:.3f}, variety {spread:.2f}, Frechet / floor {far:.2f}"
-        print(f"w ={w:4}: {row}", flush=True)
+        lines.append(f"w ={w:4}: {row}")
+    text = "\n".join([*lines, ""])
+    (Path(__file__).parent / "results" / "guidance.txt").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ their spread (standard deviation), since one drawing alone can be lucky.
    its accuracy on held-out ones, its mean top probability on held-out and drawn ones
  - classes: how many of the ten occur; the entropy of their histogram over log 10
  - Frechet distance to the training digits in their first 16 principal components, over
-   the same for equally many real held-out digits (the floor)
+   its floor: what equally many real digits would score on average, in closed form
+   (measures.frechet_floor); and the same for the real held-out digits
  - distance to the nearest training digit, over the same for held-out digits; and the
    share of drawn digits that lie nearer to a training digit than 95 % of the held-out
    ones do: 0.05 would be as if real, much more would be copies
@@ -29,7 +30,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from measures import frechet, load_labels, script_of
+from measures import frechet, frechet_floor, load_labels, script_of
 
 import superminddpm as base
 
@@ -77,7 +78,8 @@ def score(drawn, train, held, held_labels, judge):
     drawn, train, held = (x.flatten(1) for x in (drawn, train, held))
     n, pca = min(len(drawn), len(held)), PCA(16, random_state=0).fit(train)
     groups = [x for x in (held[:n], *drawn.split(n)) if len(x) == n]
-    floor, *far = (frechet(pca.transform(x), pca.transform(train)) for x in groups)
+    real, *far = (frechet(pca.transform(x), pca.transform(train)) for x in groups)
+    floor = frechet_floor(pca.transform(train), n)
     near, near_held = nearest(drawn, train), nearest(held, train)
     return {
         "judge: accuracy, held-out": right,
@@ -86,6 +88,7 @@ def score(drawn, train, held, held_labels, judge):
         "classes": (share > 0).sum().item(),
         "entropy of classes / log 10": torch.special.entr(share).sum().item()
         / math.log(10),
+        "Frechet distance / floor, held-out": float(real / floor),
         "Frechet distance / floor": float(np.mean(far) / floor),
         "nearest neighbour / held-out": (near.mean() / near_held.mean()).item(),
         "nearer than 95 % of held-out": (near < near_held.quantile(0.05))

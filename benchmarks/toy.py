@@ -1,15 +1,17 @@
 """Which way to train is better on the coarse/fine toy?
 
-    python benchmarks/toy.py          all arms; 15 minutes on one core
+    python benchmarks/toy.py                      everything
+    python benchmarks/toy.py --cases 64 3000      one width, one number of steps
 
 Every arm of notebooks/toy.py gets the same steps, the same samples and the same grid of
 learning rates. Its rate is the one with the least mean excess risk over tuning seeds,
 which are not used again; it then trains on the paired seeds 0, 1, 2 ... of the table.
 
-results/toy.jsonl has one line for each finished (arm, width, rate), with the measures
-of every seed, and a run that was interrupted goes on from it (delete it after a change
-of notebooks/toy.py). results/toy.txt is the table, and says by which rule it calls an
-arm better, worse or tied.
+The widths are ample (128 channels), in between (64) and starved (16). results/toy.jsonl
+has one line for each finished (arm, width, steps, rate), with the measures of every
+seed, and a run that was interrupted goes on from it (delete it after a change of
+notebooks/toy.py). results/toy.txt is the table, and says by which rule it calls an arm
+better, worse or tied.
 """
 
 import json
@@ -44,6 +46,15 @@ PAIRS = [  # beside uniform: each idea against what it adds to or is a control o
     ("curriculum-prox-weak", "curriculum"),
     ("curriculum-prox-strong", "curriculum"),
 ]
+CLAIMS = [  # "the mask makes channels cleaner", "the curriculum is why they are not"
+    ("mixed", "curriculum-mask-gradient", "curriculum"),
+    ("mixed", "curriculum-mask-gradient", "curriculum-mask-random"),
+    ("mixed", "uniform-mask-gradient", "uniform"),
+    ("mixed", "uniform-mask-gradient", "uniform-redraw"),
+    ("mixed", "curriculum", "uniform"),
+    ("early", "curriculum-mask-gradient", "uniform-mask-gradient"),
+    ("late", "curriculum-mask-gradient", "uniform-mask-gradient"),
+]
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,14 @@ class Options:
 
     seeds: int = 16  # paired seeds of the table
     tuning_seeds: int = 8  # other seeds, which choose the learning rate
-    steps: int = 3000
-    widths: tuple[int, ...] = (128, 16)
+    cases: tuple[tuple[int, int], ...] = (
+        (128, 3000),
+        (16, 3000),
+        (64, 3000),
+        (64, 4000),
+        (128, 12_000),
+    )
+    """hidden channels and steps of 128 samples, in pairs"""
     lrs: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
     arms: tuple[Literal[tuple(lab.ARMS)], ...] = tuple(lab.ARMS)
     out: Path = Path(__file__).parent / "results"
@@ -76,10 +93,16 @@ def measure(nets, risk, toy):
     values = dict(zip(MEASURES, parts, strict=True))
     values |= {"only_M1": (hurts[..., 0] & ~both).sum(1)}
     values |= {"only_M2": (hurts[..., 1] & ~both).sum(1), "both": both.sum(1)}
+    values |= {"mixed": both.sum(1) / hurts.any(-1).sum(1).clamp(min=1)}
     values |= {"zero_rows": (nets.rows == 0).all(-1).sum(1)}
     values |= {"risk": risk.mean(0)}  # over seeds, by t of lab.GRID: (25, 3)
     values |= {"risk_error": risk.std(0) / len(risk) ** 0.5}
     stages = nets.birth.unique()  # only 0 without a mask
+    if len(stages) > 1:
+        serve = rises.clamp(min=0) / linear[[0, 1], [0, 1]]
+        for name, born in (("early", nets.birth < 2), ("late", nets.birth >= 2)):
+            share = (serve * born[..., None]).sum(1)
+            values |= {name: share[:, 1] / share.sum(1)}
     rises = [rises[nets.birth == stage].mean(0) for stage in stages]
     return values | {"rise_by_birth": torch.stack(rises)}  # (stages, 2)
 
@@ -96,14 +119,14 @@ def read(path):
     return done
 
 
-def run(opt, part, arm, H, lr, done, path):
+def run(opt, part, arm, H, steps, lr, done, path):
     """Return the measures of an arm, from done or by training it."""
     first, n = (TUNING, opt.tuning_seeds) if part == "tune" else (0, opt.seeds)
-    key = (part, arm, H, lr, opt.steps, n)
+    key = (part, arm, H, lr, steps, n)
     if key not in done:
         toy, start = lab.Toy(), time.process_time()
         seeds = range(first, first + n)
-        nets = lab.train(arm, toy, seeds, H=H, steps=opt.steps, lr=lr)
+        nets = lab.train(arm, toy, seeds, H=H, steps=steps, lr=lr)
         risk = lab.excess(nets, toy)
         values = {"excess": risk.sum(-1).mean(1)}
         values |= measure(nets, risk, toy) if part == "final" else {}
@@ -113,7 +136,8 @@ def run(opt, part, arm, H, lr, done, path):
             f.write(json.dumps(line) + "\n")
         done[key] = line
         mean = np.mean(line["excess"])
-        print(f"{part} {arm} H={H} lr={lr:g}: excess {mean:.4f}", flush=True)
+        name = f"{part} {arm} H={H} steps={steps} lr={lr:g}"
+        print(f"{name}: excess {mean:.4f}", flush=True)
     return done[key]
 
 
@@ -141,9 +165,9 @@ def pm(values):
     return f"{np.mean(values):.3f} {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
-def table(opt, H, tuned, final):
-    """Return the lines of one width.  tuned: {arm: {lr: line}}; final: {arm: line}."""
-    toy, lines = lab.Toy(), [f"H = {H} channels"]
+def table(opt, H, steps, tuned, final):
+    """Return the lines of one case.  tuned: {arm: {lr: line}}; final: {arm: line}."""
+    toy, lines = lab.Toy(), [f"H = {H} channels, {steps} steps"]
     risk = lab.excess(toy.linear, toy)
     blob = lab.spread(lab.generate(toy.linear, toy), toy)[0]
     lines += [
@@ -174,14 +198,24 @@ def table(opt, H, tuned, final):
     lines += [
         "",
         f"  {'channels that serve':26}{'only M1':>9}{'only M2':>9}{'both':>9}"
-        f"{'neither':>9}{'exactly 0':>11}{'captured: F1':>15}{'F2':>8}",
+        f"{'neither':>9}{'exactly 0':>11}{'captured: F1':>15}{'F2':>8}{'stuck':>8}",
     ]
     for arm, line in final.items():
         counts = [np.mean(line[name]) for name in ("only_M1", "only_M2", "both")]
         text = "".join(f"{n:9.1f}" for n in (*counts, H - sum(counts)))
         text += f"{np.mean(line['zero_rows']):11.1f}"
         text += f"{np.mean(line['F1']):15.3f}{np.mean(line['F2']):8.3f}"
+        text += f"{sum(f < 0.5 for f in line['F2']):8d}"
         lines.append(f"  {arm:26}{text}")
+    lines += ["", f"  {'share':8}{'of':26}{'less that of':26}"]
+    for name, a, b in CLAIMS:
+        if a in final and b in final:
+            off, error, word = compare(final[a][name], final[b][name])
+            word = {"better": "less", "worse": "more"}.get(word, word)
+            own = f"{np.mean(final[a][name]):.2f} - {np.mean(final[b][name]):.2f}"
+            lines.append(
+                f"  {name:8}{a:26}{b:26}{own} = {off:+.3f} {error:.3f}   {word}"
+            )
     masked = [arm for arm in final if lab.ARMS[arm].regrow]
     lines += ["", "  mean rise of R1 / R2 without a channel, by its stage of birth"]
     for arm in masked:
@@ -201,20 +235,20 @@ def main(opt: Options):
     opt.out.mkdir(parents=True, exist_ok=True)
     path = opt.out / "toy.jsonl"
     done, used, tables = read(path), [], []
-    for H in opt.widths:
+    for H, steps in opt.cases:
         tuned, final = {}, {}
         for arm in arms:
             tuned[arm] = {
-                lr: run(opt, "tune", arm, H, lr, done, path) for lr in opt.lrs
+                lr: run(opt, "tune", arm, H, steps, lr, done, path) for lr in opt.lrs
             }
             lr = best_rate(tuned[arm])
-            final[arm] = run(opt, "final", arm, H, lr, done, path)
+            final[arm] = run(opt, "final", arm, H, steps, lr, done, path)
             used += [*tuned[arm].values(), final[arm]]
-        tables += table(opt, H, tuned, final)
+        tables += table(opt, H, steps, tuned, final)
     quantile, n = student.ppf(0.975, opt.seeds - 1), len(arms) - 1
     minutes = sum(line["seconds"] for line in used) / 60
     head = f"""\
-The coarse/fine toy: {opt.steps} steps of 128 samples, {opt.seeds} paired seeds.
+The coarse/fine toy: steps of 128 samples, {opt.seeds} paired seeds.
 Made by benchmarks/toy.py in {minutes:.0f} minutes of one core; notebooks/toy.py
 defines the arms (ARMS) and the measures.
 
@@ -228,6 +262,10 @@ better, worse: the paired difference to uniform is beyond {quantile:.2f} of its 
   Of the {n} comparisons in a column, {0.05 * n:.1f} fall outside by chance alone.
 serve: without the channel, R1 at t = 0.7 (R2 at t = 0.3) rises by more than 1 % of the
   best linear denoiser's. Mean numbers of channels.
+stuck: seeds that captured less than half of the fine feature (F2 < 0.5).
+mixed: the share that serves both features among the channels that serve any. early,
+  late: the share of the fine feature in all that channels born in the first two stages,
+  or in the last three, contribute.
 
 """
     (opt.out / "toy.txt").write_text(head + "\n".join(tables).rstrip() + "\n")

@@ -309,7 +309,8 @@ def test_labels_belong_to_the_images():
 def test_real_digits_score_as_real_and_copies_are_seen():
     train, held, labels, judge = judged()
     real = quality.score(held, train, held, labels, judge)
-    assert real["Frechet distance / floor"] == pytest.approx(1)
+    assert real["Frechet distance / floor"] == real["Frechet distance / floor, held-out"]
+    assert 0.7 < real["Frechet distance / floor"] < 1.3  # 1 on average
     assert real["nearest neighbour / held-out"] == pytest.approx(1)
     assert real["nearer than 95 % of held-out"] == pytest.approx(0.05, abs=0.003)
     some = torch.cat([train[:108], held[:252]])  # three in ten are copies
@@ -328,7 +329,7 @@ def test_the_frechet_ratio_does_not_fall_with_the_number_of_drawings():
     both = quality.score(soft[:718], train, held, labels, judge)[name]
     assert both == pytest.approx(np.mean(far))
     few = quality.score(held[:100], train, held, labels, judge)[name]
-    assert few == pytest.approx(1)  # the floor is that of 100, too
+    assert 0.7 < few < 1.3  # the floor is that of 100, too: of 359 it would be over 3
 
 
 def test_the_judge_learns_and_what_it_sees_is_counted():

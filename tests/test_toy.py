@@ -623,7 +623,7 @@ def test_verdicts_follow_the_stated_rule(bench):
 @pytest.mark.slow
 def test_benchmark_resumes_and_writes_its_table(bench, tmp_path):
     arms = ("curriculum-mask-random",)
-    opt = bench.Options(2, 2, SHORT, (8,), (1e-2, 2e-2), arms, tmp_path / "out")
+    opt = bench.Options(2, 2, ((8, SHORT),), (1e-2, 2e-2), arms, tmp_path / "out")
     bench.main(opt)
     path, table = opt.out / "toy.jsonl", (opt.out / "toy.txt").read_text()
     lines = path.read_text().splitlines()
