@@ -8,7 +8,7 @@ optimizer; what if all features vanish at the same noise level; what if two feat
 correlated? notebooks/predictions.md says what was expected before the first run.
 
 results/clock.txt is the table; results/clock.json has the steps of every seed, which
-lesson 15 plots.
+lesson 16 plots.
 """
 
 import itertools

@@ -19,7 +19,7 @@ averaged weights, always from the same noise, and at the loss for four noise lev
 
 Seeds differ in their training digits, too, unless n is 1,438. "Again" has the digits of
 the arm above, but other seeds. results/copying.txt is the table, results/copying.npz
-has the curves and some of the digits for lesson 14.
+has the curves and some of the digits for lesson 15.
 """
 
 import copy

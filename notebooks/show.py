@@ -235,9 +235,9 @@ def table(head, *rows):
 
 
 def check(answer, exercise):
-    """Print whether the answer to an exercise, say "09.1", is right.
+    """Print whether the answer to an exercise, say "10.1", is right.
 
-    What is right stands out of sight, in the table ANSWERS of answers/09.py.
+    What is right stands out of sight, in the table ANSWERS of answers/10.py.
     """
     file = Path(__file__).parent / "answers" / f"{exercise[:2]}.py"
     judge(answer, **runpy.run_path(str(file))["ANSWERS"][exercise])

@@ -1,7 +1,7 @@
 """Build the course as a web site, which needs neither a kernel nor the network.
 
     python notebooks/site.py        all of it, into the folder site/
-    python notebooks/site.py 00 13  the same, but only these notebooks are executed
+    python notebooks/site.py 00 14  the same, but only these notebooks are executed
 
 It takes as long as to run the notebooks. Players move only in those that are executed
 here; the others show what they were stored with. Begin at site/index.html, which is

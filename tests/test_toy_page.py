@@ -205,7 +205,7 @@ def test_the_coarse_feature_is_captured_first_and_the_run_comes_to_an_end(page):
     looks = page.evaluate("looks.map(look => [look.step, ...look.captured])")
     steps, coarse, fine = np.array(looks).T
     assert steps[0] == 0 and steps[-1] == 3000 and (np.diff(steps) <= 100).all()
-    assert steps[coarse > 0.5][0] * 2 < steps[fine > 0.5][0]  # as in lesson 03
+    assert steps[coarse > 0.5][0] * 2 < steps[fine > 0.5][0]  # as in lesson 04
     assert coarse[-1] > 0.9 and fine[-1] > 0.8  # in toy.txt 0.97 and 0.89
     said = [page.locator(f"#F{j}").inner_text() for j in (0, 1)]
     assert said == [f"{100 * part:.0f} %" for part in (coarse[-1], fine[-1])]

@@ -1,33 +1,16 @@
 """The right answers of lesson 07. (The folded solutions in it explain them.)"""
 
-import torch
-
-from superobjective import Config, weight_of_eps
-
-
-def gives_x0(f):
-    """Return whether f(v, xt, ab) is the image."""
-    x0, eps = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
-    ab = torch.tensor(0.3).double()
-    xt = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
-    return torch.allclose(f(ab.sqrt() * eps - (1 - ab).sqrt() * x0, xt, ab), x0)
-
-
-def weight_of_v(snr):
-    """Return the weight that the script's Min-SNR gives the squared error of v."""
-    snr = torch.tensor(snr)
-    return (weight_of_eps(Config(objective="v"), snr) * snr / (snr + 1)).item()
-
-
 ANSWERS = {
-    "07.1": {"want": gives_x0, "hint": "turn the circle back"},
-    "07.2": {
-        "want": weight_of_v(15.0),
-        "hint": "min(S, gamma) is for x0; an error of v is S + 1 times that of x0",
+    "07.1": {
+        "want": 2 * (120 + 16 + 1) / 2**16,
+        "hint": "14, 15 or 16 heads out of 16, or as many tails",
+        "tol": 0.02,
     },
-    "07.3": {"want": 1, "hint": "the loss of v is (S + 1) / S times that of eps"},
-    "07.4": {
-        "want": lambda ratio: 1.15 < ratio < 1.7,
-        "hint": "x0_error(...)[1][0] of the new arm over found['eps'][0, 0]",
+    "07.2": {"want": 0.75, "hint": "only the last stage draws t below 0.2"},
+    "07.3": {
+        "want": 1.2,
+        "hint": "the last share must be three times the sum of the other four",
+        "tol": 0.15,
     },
+    "07.4": {"want": 128, "hint": "how many seeds halve the half-width?"},
 }

@@ -2,33 +2,32 @@
 
 import torch
 
-from superguide import Config, build, condition
+from superobjective import Config, weight_of_eps
 
 
-def leads_away(f):
-    """Return whether f(eps_n, eps_y, w) leads from the label n to y, and beyond it."""
-    n, y = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(1))
-    return torch.allclose(f(n, y, 3.0), 3 * y - 2 * n, atol=1e-5)
+def gives_x0(f):
+    """Return whether f(v, xt, ab) is the image."""
+    x0, eps = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
+    ab = torch.tensor(0.3).double()
+    xt = ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    return torch.allclose(f(ab.sqrt() * eps - (1 - ab).sqrt() * x0, xt, ab), x0)
 
 
-def evaluations(steps, w):
-    """Return how often the script evaluates its network for one image."""
-    ddpm, seen = build(Config(), (1, 8, 8)), []
-    ddpm.net.register_forward_hook(lambda net, args, out: seen.append(len(out)))
-    condition(ddpm, [3], w)
-    ddpm.sample((1, 1, 8, 8), steps=steps)
-    return sum(seen)
+def weight_of_v(snr):
+    """Return the weight that the script's Min-SNR gives the squared error of v."""
+    snr = torch.tensor(snr)
+    return (weight_of_eps(Config(objective="v"), snr) * snr / (snr + 1)).item()
 
 
 ANSWERS = {
-    "08.1": {"want": 3, "hint": "in our formula the factor of eps_c is w"},
-    "08.2": {"want": leads_away, "hint": "guidance, with eps_n in the place of eps_u"},
-    "08.3": {
-        "want": lambda n: n == evaluations(50, 3.0),
-        "hint": "each step needs eps_u and eps_c",
+    "08.1": {"want": gives_x0, "hint": "turn the circle back"},
+    "08.2": {
+        "want": weight_of_v(15.0),
+        "hint": "min(S, gamma) is for x0; an error of v is S + 1 times that of x0",
     },
+    "08.3": {"want": 1, "hint": "the loss of v is (S + 1) / S times that of eps"},
     "08.4": {
-        "want": lambda share: 0.2 < share < 0.65,
-        "hint": "the second value that draw(...) returns, with w = 1",
+        "want": lambda ratio: 1.15 < ratio < 1.7,
+        "hint": "x0_error(...)[1][0] of the new arm over found['eps'][0, 0]",
     },
 }

@@ -1,32 +1,21 @@
 """The right answers of lesson 12. (The folded solutions in it explain them.)"""
 
-import math
 
-from scipy.stats import t as student
-
-
-def reach(n):
-    """Return the reach of an interval for four arms, n seeds and a spread of 0.2."""
-    return student.ppf(1 - 0.025 / 3, 3 * (n - 1)) * 0.2 * math.sqrt(2 / n)
-
-
-def short_trainings(answer):
-    """Return whether these can be scores of two short trainings on digits."""
-    one, other = map(float, answer)
-    return one != other and all(0.5 < score < 3.5 for score in (one, other))
+def weight(lam, c=0, abar=0.5):
+    return (1 - abar) ** 0.5 / (1 + 2 * lam * abar * (1 - c))
 
 
 ANSWERS = {
-    "12.1": {"want": 16 * 21 / 4 / 0.05, "hint": "(1/n + 0) d (d + 5) / 4 = 0.05"},
-    "12.2": {"want": short_trainings, "hint": "a list of two numbers from score"},
-    "12.3": {
-        "want": next(n for n in range(2, 1000) if reach(n) <= 0.1),
-        "hint": "try n = 2, 3, 4 ... in reach(n, 4)",
-        "tol": 0,
+    "12.1": {
+        "want": 1 - 1 / 2,
+        "hint": "2 (1 - rho) (1 - abar) against 1 - abar",
     },
-    "12.4": {
-        "want": 0.055,
-        "hint": "only one of ten terms of the mean changes",
-        "tol": 0.1,
+    "12.2": {
+        "want": lambda lam: abs(weight(lam) - weight(0) / 2) < 1e-3,
+        "hint": "put c = 0 and abar = 0.5 into the formula for w",
+    },
+    "12.3": {
+        "want": lambda ratio: 0.35 < ratio < 0.85,
+        "hint": "shared over mixed, both after 150 steps",
     },
 }

@@ -2,15 +2,16 @@
 
 ANSWERS = {
     "14.1": {
-        "want": 0.101,
-        "hint": "it is a mean of 0.6 and -0.6; the weights are a softmax",
+        "want": 0.2,
+        "hint": "solve the first formula for x_0, with u for eps - x_0",
     },
     "14.2": {
         "want": lambda answer: abs(float(answer)) < 0.01,
-        "hint": "how far is the second-nearest training image from a copy?",
+        "hint": "what does x_1 say about the pixel?",
     },
     "14.3": {
-        "want": lambda answer: 0.9 < float(answer) <= 1,
-        "hint": "which of x[:101] is nearest to each sample that is a copy?",
+        "want": 50,
+        "hint": "which levels does the logit-normal draw avoid?",
+        "tol": 0,
     },
 }
