@@ -325,3 +325,16 @@ def test_it_fits_is_legible_and_has_names_for_screen_readers(page, theme):
     assert page.locator("svg").count() == page.locator("svg[aria-label]").count() == 7
     page.set_viewport_size({"width": 380, "height": 800})
     assert page.evaluate(size)[0] <= 380
+
+
+def test_it_leads_back_to_the_course_where_there_is_a_site(page, browser, tmp_path):
+    assert not page.get_by_role("link").count()  # beside toy.py there is none
+    (tmp_path / "site" / "notebooks").mkdir(parents=True)
+    copy = tmp_path / "site" / "notebooks" / "toy.html"
+    copy.write_text((ROOT / "notebooks" / "toy.html").read_text())
+    (tmp_path / "site" / "index.html").write_text("<h1>The course</h1>")
+    other = browser.new_page()
+    other.goto(copy.as_uri())
+    other.get_by_role("link", name="course").click()
+    assert other.get_by_role("heading").inner_text() == "The course"
+    other.close()

@@ -27,8 +27,18 @@ def share_kept(a, steps):
 ANSWERS = {
     "03.1": {"want": is_inverse, "hint": "solve Eq. 4 for x_0; Eq. 15 does the same"},
     "03.2": {
+        "want": int((alphabar >= 1 / (1 + 0.3**2)).sum()) - 1,
+        "hint": "1 / (1 + SNR) is one half where the SNR is 1; search ddpm.alphabar",
+        "tol": 0,
+    },
+    "03.3": {
         "want": next(n for n in range(1, 200) if share_kept(0.3, n) >= 0.95),
         "hint": "try shrink with n = 1, 2, ... steps and a = 0.3, a float64 tensor",
         "tol": 0,
+    },
+    "03.4": {
+        "want": 1.0,
+        "hint": "sample 256 images in 10 steps with each of the two networks",
+        "tol": 0.08,
     },
 }
