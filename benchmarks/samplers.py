@@ -5,8 +5,8 @@
 
 Takes a checkpoint of any script, trained on digits. For each sampler and each number
 of evaluations draws 360 digits, from the same noise for all, and scores them as
-benchmarks/quality.py does: their Frechet distance to the training digits over that of
-the real held-out ones (1 is as good as real), and a classifier's mean top probability.
+benchmarks/quality.py does: their Frechet distance to the training digits over its floor
+(1 is as good as real), and a classifier's mean top probability.
 Three noise seeds; the table has their mean and half their range. Writes samplers.jsonl,
 samplers.txt and samplers.png into benchmarks/results.
 """
@@ -77,7 +77,7 @@ def picture(rows, path):
     axes.set_xticks(CALLS, CALLS)
     axes.set_yticks((1, 2, 5, 10), (1, 2, 5, 10))
     axes.minorticks_off()
-    axes.set_ylabel("Frechet distance to digits, over that of real ones")
+    axes.set_ylabel("Frechet distance to digits, over its floor")
     figure.legend(loc="outside right")
     figure.savefig(path, dpi=110)
 
