@@ -301,6 +301,8 @@ class Arm:
     lam: float = 0.0  # group L1 over rows in stage 0; falls as a cosine to 0 in stage 4
     prox: bool = False  # shrink rows by a proximal step, not by the gradient
     min_snr: float = 0.0  # weigh the error by min(SNR, min_snr) / SNR; 0: do not
+    init: float = 1.0  # scale of the first rows
+    optimizer: type = Adam  # or another one with its methods
 
 
 ARMS = {
@@ -410,9 +412,11 @@ def train(arm, toy=None, seeds=range(5), H=128, steps=3000, lr=1e-2, watch=None)
     if min(np.diff(ends)) <= WINDOW:
         raise ValueError(f"{steps} steps are too few for five stages")
     nets = Nets(seeds, H, toy.d)
+    nets.rows *= arm.init
     if arm.regrow:  # all rows are drawn alike: the first ones are as random as any
         nets.mask[:, active[0] :], nets.birth[:, active[0] :] = 0, -1
-    adam, adam_b2, score = Adam(nets.rows), Adam(nets.b2), torch.zeros_like(nets.mask)
+    adam, adam_b2 = arm.optimizer(nets.rows), arm.optimizer(nets.b2)
+    score = torch.zeros_like(nets.mask)
     for step, batch in enumerate(batches(arm.density, toy, seeds, steps)):
         stage, t, xt, eps = batch
         into = step - ends[stage - 1] if stage else steps  # how far into a new stage
