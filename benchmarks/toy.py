@@ -71,7 +71,7 @@ class Options:
         (128, 12_000),
     )
     """hidden channels and steps of 128 samples, in pairs"""
-    lrs: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+    lrs: tuple[float, ...] = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
     arms: tuple[Literal[tuple(lab.ARMS)], ...] = tuple(lab.ARMS)
     out: Path = Path(__file__).parent / "results"
 
