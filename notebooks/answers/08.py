@@ -1,5 +1,7 @@
 """The right answers of lesson 08. (The folded solutions in it explain them.)"""
 
+import math
+
 import torch
 
 from superobjective import Config, weight_of_eps
@@ -29,5 +31,9 @@ ANSWERS = {
     "08.4": {
         "want": lambda ratio: 1.15 < ratio < 1.7,
         "hint": "x0_error(...)[1][0] of the new arm over found['eps'][0, 0]",
+    },
+    "08.5": {
+        "want": 1 / math.cos(1.45),
+        "hint": "with eps_hat = 0, y = x / cos(phi) never changes",
     },
 }

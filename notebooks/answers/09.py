@@ -31,4 +31,9 @@ ANSWERS = {
         "want": lambda share: 0.2 < share < 0.65,
         "hint": "the second value that draw(...) returns, with w = 1",
     },
+    "09.5": {
+        "want": 33,
+        "hint": "one more evaluation in each step of the window: count these steps",
+        "tol": 0,
+    },
 }
