@@ -118,7 +118,7 @@ DENSITIES = {  # how often each t is drawn, in place of what the script's option
     "logit-normal": logit_normal,
 }
 
-PAIRS = (  # what else is compared: the first less the second
+PAIRS = (  # what else is compared: the first minus the second
     ("curriculum", "shuffled"),
     ("reverse", "reverse, shuffled"),
     ("high noise first", "low noise first"),
@@ -328,7 +328,7 @@ def mean_se(found):
 
 
 def readme_rows(lines, steps, chosen):
-    """Return a table's rows in Markdown: mean, less base, and verdict, by measure."""
+    """Return a table's rows in Markdown: mean, minus base, and verdict, by measure."""
     runs, rows = pick(lines, steps), []
     ranks = {measure: ranking(runs, measure) for measure in chosen}
     for arm, own in runs.items():
@@ -346,9 +346,9 @@ def readme_rows(lines, steps, chosen):
 
 
 def judged(runs, measure, floor):
-    """Return the lines of a table: what the arms score in a measure, and less base."""
+    """Return the lines of a table: what the arms score in a measure, and minus base."""
     title, form = MEASURES[measure]
-    head = f"{'arm':27}{'seeds':>6}{'mean':>11}{'less base, 95 %':>34}       verdict"
+    head = f"{'arm':27}{'seeds':>6}{'mean':>11}{'minus base, 95 %':>34}       verdict"
     text, ranks = [title, head, "-" * len(head)], ranking(runs, measure)
     for arm, own in runs.items():
         found = values(own, measure)

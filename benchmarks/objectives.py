@@ -83,7 +83,7 @@ def run(arm, seed, data, judge):
 def table(lines):
     """Return the means over seeds, and the paired differences to eps, as text."""
     text = [f"{'mean of the seeds':18}" + "".join(f"{v:>22}" for v in SCORES.values())]
-    text += [f"{'(less eps, paired)':18}", ""]
+    text += [f"{'(minus eps, paired)':18}", ""]
     runs = {arm: [line for line in lines if line["arm"] == arm] for arm in ARMS}
     for arm, own in runs.items():
         row, less = f"{arm:18}", f"{'':18}"

@@ -174,7 +174,7 @@ def table(opt, H, steps, tuned, final):
         f"  best linear denoiser: excess {risk.sum(-1).mean():.3f}, "
         f"G1 {blob[0]:.3f}, G2 {blob[1]:.3f}; Bayes: all 0",
         "",
-        f"  {'':26}{'lr':>7}  {'excess':13}{'less uniform':15}{'':8}"
+        f"  {'':26}{'lr':>7}  {'excess':13}{'minus uniform':15}{'':8}"
         f"{'R1':20}{'R2':20}{'rest':20}{'G1':20}G2",
     ]
     for arm, line in final.items():
@@ -190,7 +190,7 @@ def table(opt, H, steps, tuned, final):
             verdict = versus[name][2] if arm != "uniform" else ""
             text += f"{pm(line[name]):13}{verdict:7}"
         lines.append(text.rstrip())
-    lines += ["", f"  {'excess of':26}{'less that of':26}"]
+    lines += ["", f"  {'excess of':26}{'minus that of':26}"]
     for a, b in PAIRS:
         if a in final and b in final:
             off, error, verdict = compare(final[a]["excess"], final[b]["excess"])
@@ -207,7 +207,7 @@ def table(opt, H, steps, tuned, final):
         text += f"{np.mean(line['F1']):15.3f}{np.mean(line['F2']):8.3f}"
         text += f"{sum(f < 0.5 for f in line['F2']):8d}"
         lines.append(f"  {arm:26}{text}")
-    lines += ["", f"  {'share':8}{'of':26}{'less that of':26}"]
+    lines += ["", f"  {'share':8}{'of':26}{'minus that of':26}"]
     for name, a, b in CLAIMS:
         if a in final and b in final:
             off, error, word = compare(final[a][name], final[b][name])
