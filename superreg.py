@@ -409,8 +409,8 @@ def train(cfg):
         part.load_state_dict(state[name])
     if cfg.compile:
         ddpm.compile(mode="reduce-overhead")
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-    model = nn.parallel.DistributedDataParallel(ddpm, **options) if world > 1 else ddpm
+    wrap = nn.parallel.DistributedDataParallel
+    model = wrap(ddpm, gradient_as_bucket_view=True) if world > 1 else ddpm
     if cfg.wandb and rank == 0:
         from wandb import init  # optional
 
