@@ -115,10 +115,8 @@ def draw(kind, net, xt, steps=50):
 
 def measure(drawn, points, rows):
     """Return the Frechet distance over its floor, and the distance off the subspace."""
-    back = drawn @ rows.T
-    far = frechet(back.numpy(), points.numpy()) / frechet_floor(
-        points.numpy(), len(back)
-    )
+    back, known = drawn @ rows.T, points.numpy()
+    far = frechet(back.numpy(), known) / frechet_floor(known, len(back))
     off = (drawn - back @ rows).square().sum(1).mean() / points.square().sum(1).mean()
     return float(far), float(off.sqrt())
 

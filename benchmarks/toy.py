@@ -248,7 +248,7 @@ def main(opt: Options):
     quantile, n = student.ppf(0.975, opt.seeds - 1), len(arms) - 1
     minutes = sum(line["seconds"] for line in used) / 60
     head = f"""\
-The coarse/fine toy: steps of 128 samples, {opt.seeds} paired seeds.
+The coarse/fine toy; a step has 128 samples, an arm {opt.seeds} paired seeds.
 Made by benchmarks/toy.py in {minutes:.0f} minutes of one core; notebooks/toy.py
 defines the arms (ARMS) and the measures.
 

@@ -117,10 +117,8 @@ class Watch:
         self.toy, self.norms, self.risk, self.ratios = toy, [], [], {}
         t = lab.TMIN + (1 - lab.TMIN) * (torch.arange(2048) + 0.5) / 2048
         xt, t, eps = lab.probe(toy, t, 2048, 0, 7)
-        self.batch, births = (
-            (xt, t, eps),
-            np.add(lab.stage_ends(steps)[:-1], lab.WINDOW),
-        )
+        self.batch = xt, t, eps
+        births = np.add(lab.stage_ends(steps)[:-1], lab.WINDOW)
         self.ages = {
             birth + age: (stage, age)
             for stage, birth in enumerate(births, 1)

@@ -3,9 +3,11 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import sys
 
+import numpy as np
 import pytest
 import torch.distributed.run
 import tyro
@@ -151,6 +153,26 @@ def tables(text):
     """Return the cells of every row of every table."""
     found = [block.splitlines() for kind, block in blocks(text) if kind == "|"]
     return [[row.strip()[1:-1].split("|") for row in table] for table in found]
+
+
+def test_the_table_of_the_toy_is_what_was_measured():
+    toy = runpy.run_path(str(ROOT / "benchmarks" / "toy.py"))
+    runs = toy["read"](STORED / "toy.jsonl").values()
+    final = {(run["arm"], run["H"], run["steps"]): run for run in runs if "F2" in run}
+    head, _, *rows = re.findall(r"^\| .*stuck.*\n(?:\|.*\n)+", RESULTS, re.M)[0].split(
+        "\n"
+    )
+    cases = re.findall(r"(\d+) channels, (\d+),(\d+) steps", head)
+    cases = [(int(H), int(a + b)) for H, a, b in cases]
+    assert len(cases) == 5 and len(rows) - 1 == len(final) / 5
+    for row in rows[:-1]:
+        arm, *cells = row.strip("| ").split(" | ")
+        for case, cell in zip(cases, cells, strict=True):
+            run, plain = (final[name, *case] for name in (arm, "uniform"))
+            word = f" {toy['compare'](run['excess'], plain['excess'])[2]}"
+            stuck = sum(share < 0.5 for share in run["F2"])
+            mean = f"{np.mean(run['excess']):.3f}{word if arm != 'uniform' else ''}"
+            assert cell == f"{mean}, {stuck}", (arm, case)
 
 
 def commands(text):
