@@ -35,6 +35,8 @@ from measures import script_of
 
 from superminddpm import rng
 
+HEAD = "loss * 1000 at t ="
+
 
 def flat(images):
     """Return uint8 images (N, ...) as rows (N, D) in [-1, 1], float32."""
@@ -158,6 +160,13 @@ def gauge(runs, draws=8):
     return levels, table
 
 
+def read(path):
+    """Return what gauge() returned, from a file of what was printed; losses * 1000."""
+    rows = (HEAD + Path(path).read_text().split(HEAD)[1]).splitlines()
+    table = {row[:40].strip(): np.array(row[40:].split(), float) for row in rows}
+    return table.pop(HEAD).astype(int), table
+
+
 def draw(levels, table):
     """Return a figure: by noise level, each loss over that of the linear denoiser."""
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
@@ -186,7 +195,7 @@ def main(runs: tyro.conf.Positional[tuple[str, ...]], draws: int = 8, figure: st
             "name the folder of a run, or of several; --draws is 1 or more"
         )
     levels, table = gauge(runs, draws)
-    print(f"{'loss * 1000 at t =':40}" + "".join(f"{t:9}" for t in levels))
+    print(f"{HEAD:40}" + "".join(f"{t:9}" for t in levels))
     for name, row in table.items():
         print(f"{name:40}" + "".join(f"{1000 * x:9.3g}" for x in row))
     if figure:

@@ -140,10 +140,16 @@ def test_the_table_of_a_run_and_its_picture(tiny, capsys):
     assert command_line(base, f"--data {tiny} --steps 2 --quiet --out run") == 0
     gauge.main(("run",), draws=1, figure="gauge.png")
     assert Path("gauge.png").stat().st_size > 10_000
-    rows = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    rows = printed.splitlines()
     names = ["eps_hat = x_t", "linear", "exact, held out", "exact, training images"]
     names += ["run", "run, training images"]
     assert [row[:40].strip() for row in rows[1:]] == names
     assert all(len(row[40:].split()) == 10 for row in rows)
+    Path("gauge.txt").write_text(f"how it was made\n\n{printed}")
+    (levels, table), stored = gauge.gauge(["run"], draws=1), gauge.read("gauge.txt")
+    assert stored[0].tolist() == levels and list(stored[1]) == names
+    for name, row in table.items():
+        np.testing.assert_allclose(stored[1][name] / 1000, row, rtol=0.005)
     with pytest.raises(ValueError, match="nowhere"):
         gauge.main(("nowhere",))
