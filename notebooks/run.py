@@ -69,6 +69,7 @@ def execute(path, env=os.environ):
         nb,
         timeout=300,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # no word on encryption within a machine
         resources=where,
         record_timing=False,
         store_widget_state=False,
