@@ -81,7 +81,8 @@ def strip(rows, columns=(), title=""):
         ax.grid(False)
         ax.spines[:].set_visible(False)
     if columns:
-        axes[0, 0].set_xticks([k + 0.5 for k in range(len(columns))], columns)
+        side = max(picture.width for picture in pictures) / pictures[0].height / n
+        axes[0, 0].set_xticks([(k + 0.5) * side for k in range(len(columns))], columns)
         axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
     figure.suptitle(title)
     plt.show()
