@@ -67,10 +67,11 @@ def test_the_readme_is_short_and_shows_every_script_and_notebook():
     assert {str(path.relative_to(ROOT)) for path in wanted} <= links
 
 
-def test_the_table_of_the_ideas_is_what_was_measured():
-    lines = compare.read(STORED / "compare-digits.jsonl")
-    rows = compare.readme_rows(lines, 0, ("log frechet net", "nats"))
-    assert len(rows) == len(compare.ARMS)
+@pytest.mark.parametrize("name, steps, n", [("digits", 0, 16), ("faces16", 1800, 4)])
+def test_the_tables_of_the_ideas_are_what_was_measured(name, steps, n):
+    lines = compare.read(STORED / f"compare-{name}.jsonl")
+    rows = compare.readme_rows(lines, steps, ("log frechet net", "nats"))
+    assert len(rows) == n
     for row in rows:
         assert row in RESULTS.splitlines()
 
