@@ -11,7 +11,9 @@ widgets, times, random cell ids, versions. A second run changes no line. The lin
 to the notebooks before and after, so a new one also changes its neighbours.
 
 The copy for a class has all that the lessons need, but no outputs: these would give
-away the answers to the PREDICT questions.
+away the answers to the PREDICT questions. In a workflow of GitHub, which sets
+GITHUB_REPOSITORY to OWNER/NAME, it can also be opened on Colab and on Binder, once it
+is the branch "class" of that repository: see .github/workflows/course.yml.
 """
 
 import os
@@ -27,6 +29,15 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 ROOT = HERE.resolve().parent
+COLAB = """\
+# On Colab this fetches the course and what it needs; anywhere else it does nothing.
+import os
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("show.py"):
+    !git clone --quiet --branch class https://github.com/{} course
+    %pip install --quiet -r course/requirements.txt
+    %cd course/notebooks"""
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -104,9 +115,15 @@ def copy_for_class(folder):
         sys.exit("run.py: --clear wants a new folder, outside of the repository")
     other = shutil.ignore_patterns(".*", "runs", "data", "site", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=other)
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    if repository:
+        (folder / "runtime.txt").write_text("python-3.11\n")  # for Binder
     for path in folder.glob("notebooks/*.ipynb"):
         nb = cleared(path)
         nb.metadata = kernel()
+        if repository:
+            fetch = nbformat.v4.new_code_cell(COLAB.format(repository), id="colab")
+            nb.cells.insert(1, fetch)
         nbformat.write(nb, path)
 
 

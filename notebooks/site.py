@@ -9,6 +9,9 @@ README.md. What a page links to becomes a page as well, at the same place as in 
 repository: notebooks and Markdown as text, programs in colour; pictures and HTML are
 copied. Formulas become MathML, which browsers typeset by themselves. How a page looks,
 and what moves its players, is in site.html.j2.
+
+In a workflow of GitHub (GITHUB_REPOSITORY is set) each lesson has links that open its
+copy without outputs on Colab and on Binder; run.py says where that copy comes from.
 """
 
 import os
@@ -83,12 +86,15 @@ def page(path, lessons, execute):
     """Return the file at path as a page, and the files of ours that it links to."""
     nb = read(path, execute)
     k = lessons.index(path) if path in lessons else None
+    repository = os.environ.get("GITHUB_REPOSITORY")
     colours = {"light": "default", "dark": "github-dark"}
     resources = {
         "title": re.search(r"^# (.*)", nb.cells[0].source, re.M)[1],
+        "name": path.name,
         "root": os.path.relpath(ROOT, path.parent),
         "before": lessons[k - 1] if k else None,
         "after": lessons[k + 1] if k is not None and k + 1 < len(lessons) else None,
+        "repository": repository if path in lessons else None,
         "colours": {
             theme: HtmlFormatter(style=style).get_style_defs(".highlight")
             for theme, style in colours.items()

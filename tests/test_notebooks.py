@@ -453,6 +453,7 @@ def test_the_glossary_has_each_term_that_is_linked():
 
 # ---- A copy for a class --------------------------------------------------------------
 def test_a_copy_for_a_class_has_no_outputs(tmp_path, monkeypatch):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
     monkeypatch.setattr(sys, "argv", ["run.py", "--clear", "class"])
     run.main()
     copies = sorted(tmp_path.glob("class/notebooks/*.ipynb"))

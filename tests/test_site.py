@@ -7,10 +7,13 @@ site that was built before: SITE=site python -m pytest --all tests/test_site.py
 import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbclient
 import nbformat
 import pytest
 import yaml
@@ -227,9 +230,69 @@ def test_the_workflow_runs_the_commands_of_the_documents():
     steps = [step for job in jobs.values() for step in job["steps"]]
     text = (ROOT / "README.md").read_text() + SITE["__doc__"]
     known = [re.split(r"\s+#|  ", line.strip())[0] for line in text.splitlines()]
-    commands = [step["run"] for step in steps if "run" in step]
+    commands = [step["run"] for step in steps if "run" in step and "if" not in step]
     assert "python -m pytest" in commands and set(commands) <= set(known)
     used = [step["uses"] for step in steps if "uses" in step]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used)
     (upload,) = [step for step in steps if "upload" in step.get("uses", "")]
     assert upload["with"]["path"] == "site"
+
+
+@pytest.mark.slow
+def test_the_workflow_makes_a_copy_that_runs_on_colab(tmp_path, monkeypatch):
+    """Its own commands, with a folder as GitHub, and a module named as Colab has it."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/course.yml").read_text())
+    (script,) = [x["run"] for x in workflow["jobs"]["build"]["steps"] if "if" in x]
+    hub, work = tmp_path / "hub" / "some" / "course", tmp_path / "work"
+    settings = {
+        "GITHUB_REPOSITORY": "some/course",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{tmp_path / 'hub'}/.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://github.com/",
+        "PIP_NO_INDEX": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    skip = shutil.ignore_patterns(".*", "runs", "data", "site", "__pycache__")
+    shutil.copytree(ROOT, work, ignore=skip)
+    (work / ".gitignore").write_text("never in the copy\n")
+    for command in (f"git init --quiet --bare {hub}", f"git init --quiet {work}"):
+        subprocess.run(command.split(), check=True)
+    start = (
+        f"git remote add origin https://github.com/some/course\ngit add --all\n{script}"
+    )
+    subprocess.run(["bash", "-ec", start], cwd=work, check=True, capture_output=True)
+
+    subprocess.run(["git", "clone", "-qb", "class", hub, tmp_path / "seen"], check=True)
+    assert not (tmp_path / "seen" / ".gitignore").exists()
+    for path in LESSONS:
+        nb = nbformat.read(tmp_path / "seen" / path.relative_to(ROOT), 4)
+        assert not any(cell.get("outputs") for cell in nb.cells)
+        fetch, imports = [cell for cell in nb.cells if cell.cell_type == "code"][:2]
+        assert "some/course course\n" in fetch.source
+    there = tmp_path / "content"  # where a notebook begins on Colab
+    there.mkdir()
+    for module, cells in {"here": [fetch], "google.colab": [fetch, imports]}.items():
+        assert not [*there.iterdir()]  # it fetches nothing on other machines
+        fake = nbformat.v4.new_code_cell(f"import sys\nsys.modules[{module!r}] = sys")
+        nb.cells = [fake, *cells]
+        options = {"resources": {"metadata": {"path": str(there)}}}
+        nbclient.NotebookClient(nb, kernel_name="python3", **options).execute()
+
+
+def test_a_lesson_has_links_to_colab_and_binder_where_its_repository_is_known(
+    monkeypatch,
+):
+    def links():
+        html, _ = SITE["page"](LESSONS[1], LESSONS, execute=False)
+        return re.findall(r'"(https://[^"]*(?:colab|binder)[^"]*)"', html)
+
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert links() == []
+    monkeypatch.setenv("GITHUB_REPOSITORY", "some/course")
+    file = f"notebooks/{LESSONS[1].name}"
+    assert links() == 2 * [  # at the top and at the bottom
+        f"https://colab.research.google.com/github/some/course/blob/class/{file}",
+        f"https://mybinder.org/v2/gh/some/course/class?labpath={file}",
+    ]
