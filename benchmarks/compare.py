@@ -261,36 +261,34 @@ def run(options, key, scores):
 
 
 # ---- Verdicts and tables -----------------------------------------------------------
-def verdict(difference):
-    """Return mean, standard error and verdict of differences to base, by the rule."""
-    n = len(difference)
-    mean, se = np.mean(difference), np.std(difference, ddof=1) / math.sqrt(n)
-    if abs(mean) <= student.ppf(0.975, n - 1) * se:
-        return mean, se, "tied"
-    return mean, se, "better" if mean < 0 else "worse"
-
-
-def ranking(runs, measure):
-    """Return {arm: (mean, low, high, verdict)} of the differences to base in a measure.
+def intervals(runs, measure, pairs):
+    """Return {pair: (mean, low, high, verdict)} of the first arm minus the second.
 
     Over the seeds that all arms have. All arms share one variance, that of the values
     less the mean of their arm and of their seed. With 95 % all intervals are right at
-    once (Bonferroni); an arm is tied if 0 is inside its own. {}: too few runs.
+    once (Bonferroni); a pair is tied if 0 is inside its own. {}: too few runs.
     """
     seeds = sorted(set.intersection(*(set(own) for own in runs.values())))
-    if min(len(seeds), len(runs)) < 2 or "base" not in runs:
+    pairs = [(one, other) for one, other in pairs if one in runs and other in runs]
+    if len(seeds) < 2 or not pairs:
         return {}
     y = np.array([[own[seed][measure] for seed in seeds] for own in runs.values()])
     rest = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
     free = (len(y) - 1) * (len(seeds) - 1)
     se = math.sqrt(2 * (rest**2).sum() / free / len(seeds))
-    width = student.ppf(1 - 0.025 / (len(y) - 1), free) * se
-    found, first = {}, list(runs).index("base")
-    for arm, mean in zip(runs, (y - y[first]).mean(1), strict=True):
+    width = student.ppf(1 - 0.025 / len(pairs), free) * se
+    found, means = {}, dict(zip(runs, y.mean(1), strict=True))
+    for one, other in pairs:
+        mean = means[one] - means[other]
         word = "tied" if abs(mean) <= width else "better" if mean < 0 else "worse"
-        if arm != "base":
-            found[arm] = mean, mean - width, mean + width, word
+        found[one, other] = mean, mean - width, mean + width, word
     return found
+
+
+def ranking(runs, measure):
+    """Return {arm: (mean, low, high, verdict)} of the differences to base."""
+    pairs = [(arm, "base") for arm in runs if arm != "base"]
+    return {arm: row for (arm, _), row in intervals(runs, measure, pairs).items()}
 
 
 def pick(lines, steps):
@@ -374,13 +372,11 @@ def table(lines, steps):
     for measure in MEASURES:
         if all(values(own, measure) for own in runs.values()):
             text += judged(runs, measure, floor)
-    for measure in list(MEASURES)[:1] + ["held_loss"]:
-        for one, other in PAIRS:
-            d = differences(runs.get(one, {}), runs.get(other, {}), measure)
-            if len(d) > 1:
-                mean, se, word = verdict(d)
-                what = f"{measure}: {one} less {other}"
-                text.append(f"{what:72}{mean:+9.4f} +- {se:.4f}  {word}")
+    for measure in ("log frechet net", "nats"):
+        for pair, row in intervals(runs, measure, PAIRS).items():
+            what = f"{measure}: {' minus '.join(pair)}"
+            mean, low, high = (f"{x:+{MEASURES[measure][1]}}" for x in row[:3])
+            text.append(f"{what:62}{mean} ({low} to {high})  {row[3]}")
     levels = [key for key in next(iter(base.values()), {}) if key.startswith("held_t")]
     text += ["", "held-out loss by noise level t, mean and standard error, in 1/1000"]
     text.append(" " * 27 + "".join(f"{key[6:]:>13}" for key in levels))

@@ -150,24 +150,25 @@ def test_stored_results_are_not_mixed_with_runs_of_another_schedule(monkeypatch)
     assert Path("stored").read_text() == before
 
 
-def test_verdicts_are_those_of_the_paired_t_test():
-    rng = np.random.default_rng(0)
-    words = set()
-    for shift in np.linspace(-2, 2, 21):
-        a, b = rng.normal(size=(2, 5))
-        mean, _, word = compare.verdict(list(a + shift - b))
-        p = ttest_rel(a + shift, b).pvalue
-        assert (word == "tied") == (p >= 0.05)
-        assert word == "tied" or word == ("better" if mean < 0 else "worse")
-        words.add(word)
-    assert words == {"tied", "better", "worse"}
-
-
 def arms(y):
     """Return runs as compare.py has them, for values y (arms, seeds); base is first."""
     names = ["base", *map(str, range(1, len(y)))]
     rows = [{seed: {"m": value} for seed, value in enumerate(row)} for row in y]
     return dict(zip(names, rows, strict=True))
+
+
+def test_the_verdict_on_two_arms_is_that_of_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    words = set()
+    for shift in np.linspace(-2, 2, 21):
+        a, b = rng.normal(size=(2, 5))
+        ((mean, *bounds, word),) = compare.ranking(arms([b, a + shift]), "m").values()
+        test = ttest_rel(a + shift, b)
+        assert bounds == pytest.approx([*test.confidence_interval()])
+        assert (word == "tied") == (test.pvalue >= 0.05)
+        assert word == "tied" or word == ("better" if mean < 0 else "worse")
+        words.add(word)
+    assert words == {"tied", "better", "worse"}
 
 
 def test_the_ranking_is_the_least_squares_fit_of_arms_and_seeds():
@@ -186,6 +187,14 @@ def test_the_ranking_is_the_least_squares_fit_of_arms_and_seeds():
         assert (mean, low, high) == pytest.approx(
             (fit[k], fit[k] - width, fit[k] + width)
         )
+    pairs = [("2", "1"), ("1", "3"), ("2", "no such arm")]  # two that can be compared
+    found = compare.intervals(arms(y), "m", pairs)
+    width *= student.ppf(1 - 0.05 / 2 / 2, 15) / student.ppf(1 - 0.05 / 2 / 3, 15)
+    assert [*found] == pairs[:2]
+    for gap, (mean, low, high, _) in zip(
+        (fit[1] - fit[0], fit[0] - fit[2]), found.values(), strict=True
+    ):
+        assert (mean, low, high) == pytest.approx((gap, gap - width, gap + width))
 
 
 def test_where_nothing_helps_one_table_in_twenty_has_a_word_that_is_not_tied():
