@@ -30,14 +30,15 @@ from nbclient import NotebookClient
 HERE = Path(__file__).parent
 ROOT = HERE.resolve().parent
 COLAB = """\
-# On Colab this fetches the course and what it needs; anywhere else it does nothing.
+# On Colab this fetches the course, and what Colab lacks; anywhere else it does nothing.
 import os
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("show.py"):
     !git clone --quiet --branch class https://github.com/{} course
-    %pip install --quiet -r course/requirements.txt
-    %cd course/notebooks"""
+    %pip install --quiet tyro
+    %cd course/notebooks
+    os.environ["PLAYERS"] = "html"  # no ipywidgets of version 8 there"""
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 

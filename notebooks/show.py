@@ -29,6 +29,33 @@ from torchvision.utils import make_grid
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), "-"]
 
+# Moves a player of html_player, the element around it.
+MOVE = """<script>{
+const player = document.currentScript.parentElement
+const slider = player.querySelector("input"), button = player.querySelector("button")
+let clock = 0
+function show() {
+  player.querySelectorAll("figure").forEach((figure, k) => {
+    figure.hidden = k != slider.value
+    if (!figure.hidden) slider.ariaValueText = figure.innerText
+  })
+}
+function stop() { clearInterval(clock); clock = 0; button.textContent = "▶" }
+function step() {
+  slider.stepUp()
+  show()
+  if (slider.value == slider.max) stop()
+}
+slider.oninput = show
+button.onclick = () => {
+  if (clock) return stop()
+  if (slider.value == slider.max) slider.value = -1
+  button.textContent = "⏸"
+  clock = setInterval(step, 400)
+}
+show()
+}</script>"""
+
 
 def style():
     """Set how figures look: on white also where the page is dark, 12 pt, told apart."""
@@ -174,7 +201,7 @@ def contact_sheet(pictures, titles):
 
 
 def html_player(pictures, titles, label, captions, start):
-    """Show a player that needs no kernel; the script in site.html.j2 moves it."""
+    """Show a player that needs neither a kernel nor ipywidgets."""
     figures = []
     for picture, title, caption in zip(pictures, titles, captions, strict=True):
         source = f"data:image/png;base64,{base64.b64encode(to_png(picture)).decode()}"
@@ -188,7 +215,7 @@ def html_player(pictures, titles, label, captions, start):
     slider = f'<input type="range" max="{last}" value="{start}" autocomplete="off">'
     label = f"<label>{html.escape(label)} {slider}</label>"
     play = '<button type="button" title="play or stop">▶</button>'
-    display(HTML(f'<div class="player">{play} {label}{"".join(figures)}</div>'))
+    display(HTML(f'<div class="player">{play} {label}{"".join(figures)}{MOVE}</div>'))
 
 
 def player(frames, values, label, captions, start=0):
@@ -203,7 +230,7 @@ def player(frames, values, label, captions, start=0):
     if not len({picture.size for picture in pictures}) == 1 < len(pictures):
         raise ValueError("a player wants two or more frames, all of one size")
     titles = [f"{label} = {value}" for value in values]
-    if os.environ.get("PLAYERS") == "html":  # site.py asks so
+    if os.environ.get("PLAYERS") == "html":  # site.py and Colab ask so
         return html_player(pictures, titles, label, captions, start)
     children = []
     for picture, title, caption in zip(pictures, titles, captions, strict=True):

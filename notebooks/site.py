@@ -7,8 +7,8 @@ It takes as long as to run the notebooks. Players move only in those that are ex
 here; the others show what they were stored with. Begin at site/index.html, which is
 README.md. What a page links to becomes a page as well, at the same place as in the
 repository: notebooks and Markdown as text, programs in colour; pictures and HTML are
-copied. Formulas become MathML, which browsers typeset by themselves. How a page looks,
-and what moves its players, is in site.html.j2.
+copied. Formulas become MathML, which browsers typeset by themselves. How a page looks
+is in site.html.j2.
 
 In a workflow of GitHub (GITHUB_REPOSITORY is set) each lesson has links that open its
 copy without outputs on Colab and on Binder; run.py says where that copy comes from.

@@ -18,8 +18,11 @@ import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "notebooks"))
+import show  # noqa: E402
+
 SITE = runpy.run_path(str(ROOT / "notebooks" / "site.py"))  # `import site` is Python's
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXECUTED = ["01", "11"]  # quick ones; players with figures, and with pictures
@@ -199,6 +202,29 @@ def test_every_player_moves(seen):
             for values in facts["played"]:
                 first, second, third = map(int, values)
                 assert 0 == first < second < third, path
+
+
+@pytest.mark.slow
+def test_a_player_needs_nothing_but_its_own_output(browser, monkeypatch):
+    """As on Colab: no page of ours around it; what moves one moves no other."""
+    shown = []
+    monkeypatch.setattr(show, "display", shown.append)
+    monkeypatch.setenv("PLAYERS", "html")
+    for colours in (("red", "green", "blue"), ("black", "white")):
+        frames = [Image.new("RGB", (60, 60), colour) for colour in colours]
+        show.player(frames, range(len(frames)), "t", colours)
+    page = browser.new_page()
+    page.set_content("".join(one.data for one in shown))
+    first, second = page.locator(".player").all()
+    before = second.inner_html()
+    assert [caption[-5:].strip() for _, caption in moved(first)] == [
+        "red",
+        "green",
+        "blue",
+    ]
+    assert played(page, first) == ["0", "1", "2"] and second.inner_html() == before
+    assert len(moved(second)) == 2
+    page.close()
 
 
 @pytest.mark.slow
