@@ -26,7 +26,8 @@ another name than those stored here: digits, digits-short, faces16 and celeba32.
 
 The verdict on an arm, by a rule fixed beforehand: better or worse if the interval of
 its mean difference to base leaves out 0, else tied. With 95 % all intervals of a table
-are right at once (Bonferroni); their variance is pooled over arms and seeds (ranking).
+are right at once (Bonferroni); their variance is pooled over arms and seeds. PAIRS of
+arms, such as the curriculum and its shuffled control, are judged in the same way.
 """
 
 import importlib
