@@ -305,13 +305,6 @@ def values(own, measure):
     return [line[measure] for line in own.values() if measure in line]
 
 
-def differences(own, base, measure="held_loss"):
-    """Return the differences of two arms in a measure, in pairs."""
-    pairs = sorted(own.keys() & base.keys())
-    pairs = [(own[seed], base[seed]) for seed in pairs]
-    return [a[measure] - b[measure] for a, b in pairs if measure in a and measure in b]
-
-
 def cost(own, base):
     """Return the time of an arm over that of base, the median of the pairs, or None."""
     pairs = [(own[seed], base[seed]) for seed in own.keys() & base.keys()]
