@@ -247,7 +247,9 @@ def player(frames, values, label, captions, start=0):
     widgets.jslink((play, "value"), (slider, "value"))
     widgets.jslink((slider, "value"), (stack, "selected_index"))
     bundle = widgets.VBox([widgets.HBox([play, slider]), stack])._repr_mimebundle_()
-    n = min(len(pictures), 5 if 5 * pictures[0].width <= 1100 else 4)
+    n = len(pictures)
+    if n > 5:
+        n = 5 if 5 * pictures[0].width <= 1100 else 4
     shown = [round(k * last / (n - 1)) for k in range(n)]
     sheet = contact_sheet([pictures[k] for k in shown], [titles[k] for k in shown])
     bundle["image/png"] = base64.b64encode(to_png(sheet)).decode()
