@@ -136,5 +136,12 @@ def build(out, names):
     print(f"{len(files)} files, begin at {out / 'index.html'}")
 
 
+def main():
+    names = sys.argv[1:] or [""]
+    if wrong := [name for name in names if not [*HERE.glob(f"{name}*.ipynb")]]:
+        sys.exit(f"site.py: no notebook here begins with {' or '.join(wrong)}")
+    build(ROOT / "site", names)
+
+
 if __name__ == "__main__":
-    build(ROOT / "site", sys.argv[1:] or [""])
+    main()

@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare
 import gauge
 import measures
-import reg_cost
 import story
 
 import supercurriculum
@@ -298,11 +297,9 @@ def test_a_prepared_folder_brings_its_recipe(tiny):
 
 
 @pytest.mark.slow
-def test_the_story_and_the_cost_of_reg_are_told(capsys, monkeypatch):
+def test_the_story_is_told(capsys, monkeypatch):
     monkeypatch.setattr(supersparse, "save_grid", lambda *_: None)
     assert command_line(supersparse, "--n-feat 8 --steps 30 --quiet --out run") == 0
     story.main(Path("run"))
     assert Path("run/story.png").stat().st_size > 20_000
-    reg_cost.main(turns=1)
-    out = capsys.readouterr().out
-    assert "story.png" in out and "100.00%" in out
+    assert "story.png" in capsys.readouterr().out

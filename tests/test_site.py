@@ -250,11 +250,12 @@ def test_every_formula_is_known_to_the_converter():
 
 
 def test_the_workflow_runs_the_commands_of_the_documents():
-    """Those of README.md and of the docstring of site.py, with GitHub's own actions."""
+    """Those of the README, of .ci/run and of site.py, with GitHub's own actions."""
     workflow = ROOT / ".github" / "workflows" / "course.yml"
     jobs = yaml.safe_load(workflow.read_text())["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
-    text = (ROOT / "README.md").read_text() + SITE["__doc__"]
+    files = (ROOT / "README.md", ROOT / ".ci" / "run")
+    text = "".join(file.read_text() for file in files) + SITE["__doc__"]
     known = [re.split(r"\s+#|  ", line.strip())[0] for line in text.splitlines()]
     commands = [step["run"] for step in steps if "run" in step and "if" not in step]
     assert "python -m pytest" in commands and set(commands) <= set(known)
