@@ -22,7 +22,7 @@ Each finished run is a line of benchmarks/results/compare-NAME.jsonl, where NAME
 --name or the data. A second call does only what is missing, also after a kill, and one
 with another protocol is refused. The tables go to compare-NAME.txt, and some images
 that the runs of seed 0 drew, never real ones, to compare-NAME.npz. Give your own runs
-another name than those stored here: digits, digits-short, faces16 and celeba32.
+another name than those stored here, such as digits, faces16 and mnist28.
 
 The verdict on an arm, by a rule fixed beforehand: better or worse if the interval of
 its mean difference to base leaves out 0, else tied. With 95 % all intervals of a table
