@@ -13,10 +13,10 @@ likewise for held; and recipe.json, training options that suit the data.
 The middle square of each picture is resized, of CelebA's the middle 140 pixels, the
 face. Transparent parts become white, 16 bits become 8. If all is grey, one channel is
 kept. Data without a test set has a fifth held out, by a hash of the names: a picture
-keeps its part when others are added. Of what is held out 1,024 pictures, or as many
-frames, are kept. A clip is named after its folder, say cats/0001,
-or its number in the npz, 000000. Its motion is cats/0001.npy in --motion-dir, in pixels
-of the original frames: (F - 1,), or (F - 1, H, W), of which the mean counts.
+keeps its part when others are added. Of what is held out 1,024 pictures or frames are
+kept, or as many as have no more pixels than 1,024 of 32x32. A clip is named after its
+folder, say cats/0001, or its number in the npz, 000000. Its motion is cats/0001.npy in
+--motion-dir, in pixels of the original frames: (F - 1,), or (F - 1, H, W), averaged.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -146,7 +146,7 @@ def find_arrays(root):
     if fits and 1 < x.shape[0] < x.shape[1]:  # little changes along the axis of time
         few = x[:20, :20].astype(np.float32)
         change = [np.abs(np.diff(few, axis=axis)).mean() for axis in (0, 1)]
-        fits = 10 * x.shape[0] > x.shape[1] and change[0] > 0.9 * change[1]
+        fits = change[0] > 0.9 * change[1]
     if not fits:
         wanted = "uint8 (N, F, H, W) or (N, F, H, W, 3); np.swapaxes turns (F, N, H, W)"
         raise ValueError(f"{root} holds {x.dtype} {x.shape}, not {wanted}")
@@ -285,13 +285,14 @@ def prepare(cfg):
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists: delete it, or choose another --out")
     labelled, place = cfg.name in LABELLED, out.resolve()
-    part = place.with_name(f"{place.name}.part-{os.getpid()}")
+    part = place.with_name(f".{place.name}.part-{os.getpid()}")
     raw = root / LABELLED.get(cfg.name, "") / "raw"  # where torchvision downloads to
     new = [x for y in (part, raw) for x in (y, *y.parents) if not x.exists()]
     try:
         train, held = find_labelled(cfg, root) if labelled else find(cfg, root, notes)
-        train, held = train[: cfg.n_train or None], held[: 1024 // len(held[0][0]) or 1]
-        for killed in place.parent.glob(f"{glob.escape(place.name)}.part-*"):
+        most = 2**20 // max(32, cfg.image_size) ** 2 // len(held[0][0])  # for one batch
+        train, held = train[: cfg.n_train or None], held[: most or 1]
+        for killed in place.parent.glob(f".{glob.escape(place.name)}.part-*"):
             shutil.rmtree(killed)
         part.mkdir(parents=True)
         frames = (x for x in decode_all(train + held, cfg, notes) if x is not None)

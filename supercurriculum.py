@@ -75,13 +75,13 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
         e, n = self.stages, self.epochs_per_stage  # + curriculum
         fits = all(0 <= x <= 1 for x in e) and all(x > 0 for x in n)  # + curriculum
-        if not n or len(e) != len(n) or not fits:  # + curriculum
+        if not 0 < sum(n) < 1e9 or len(e) != len(n) or not fits:  # + curriculum
             raise ValueError("--stages: 0 to 1, each with length > 0")  # + curriculum
 
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0; the last one is that of its use."""
+    """Return a generator seeded by integers >= 0; of several the last says for what."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 

@@ -92,7 +92,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0; the last one is that of its use."""
+    """Return a generator seeded by integers >= 0; of several the last says for what."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -237,6 +237,7 @@ def straighten(ddpm):
     abar = (1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2)
     ddpm.tau.copy_(tau)
     ddpm.alphabar.copy_(abar)
+    ddpm.alphabar[1:].clamp_(max=1 - 2**-24)  # for a T so large that it rounds to 1
     ddpm.beta[1:] = 1 - abar[1:] / abar[:-1]
 
 
@@ -323,6 +324,7 @@ def find_run(cfg):
         raise ValueError(f"{out} holds a run: add --resume, or another --out")
     state = read_checkpoint(out / "last.pt")
     free = "epochs steps every device bf16 compile out resume wandb quiet".split()
+    free += ["heun"]  # of the grids alone  # + flow
     old, new = asdict(state["config"]), asdict(cfg)
     if changed := [x for x in old if old[x] != new[x] and x not in free]:
         raise ValueError(f"the run in {out} has another {', '.join(changed)}")

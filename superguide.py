@@ -94,7 +94,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0; the last one is that of its use."""
+    """Return a generator seeded by integers >= 0; of several the last says for what."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -346,6 +346,7 @@ def find_run(cfg):
         raise ValueError(f"{out} holds a run: add --resume, or another --out")
     state = read_checkpoint(out / "last.pt")
     free = "epochs steps every device bf16 compile out resume wandb quiet".split()
+    free += ["guidance"]  # of the grids alone  # + guide
     old, new = asdict(state["config"]), asdict(cfg)
     if changed := [x for x in old if old[x] != new[x] and x not in free]:
         raise ValueError(f"the run in {out} has another {', '.join(changed)}")

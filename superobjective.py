@@ -79,7 +79,7 @@ class Config:
     objective: Literal["eps", "x0", "v"] = "v"  # + objective
     """what the network predicts: the noise, the image, or v"""  # + objective
     schedule: Literal["cosine", "linear", "sigmoid", "dns"] = "cosine"  # + objective
-    """of the betas; linear is DDPM's own, dns grows as t squared"""  # + objective
+    """of the betas; linear is DDPM's, dns grows about as t squared"""  # + objective
     weighting: Literal["none", "min-snr", "p2", "debias"] = "min-snr"  # + objective
     """how much each noise level counts in the loss"""  # + objective
     min_snr_gamma: float = 5.0  # + objective
@@ -97,7 +97,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0; the last one is that of its use."""
+    """Return a generator seeded by integers >= 0; of several the last says for what."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -252,7 +252,7 @@ def eps_from(out, objective, xt, ab):
 def betas(schedule, T):
     """Return beta_1 .. beta_T of a schedule other than the base's, float64 (T,).
 
-    They rise from 1e-4 to 0.02 where T = 1000. With fewer steps each one has to add
+    They rise from about 1e-4 to 0.02 if T is 1000. With fewer steps each one has to add
     more noise, or x_T would still show the image: hence the factor 1000 / T.
     """
     rise = {

@@ -18,8 +18,8 @@ Algorithm 1), and dpmpp, one (DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095
 
 Unlike the papers: x0_hat is clipped at each step; heun steps in the angle whose tangent
 is sigma. (In sigma itself, which the cosine schedule starts at 20,000, it goes astray.)
-An image depends on the seed, its number, label and guidance; not on --batch or the
-number of processes.
+An image depends on the seed, the number of its noise, its label and guidance; not on
+--batch or the number of processes.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

@@ -8,7 +8,7 @@ fifth of the 2 n-feat bottleneck channels is on, and each stage switches on some
     python supersparse.py                            8x8 digits in about a minute
     torchrun --standalone --nproc_per_node=2 supersparse.py --out runs/two
     python supersparse.py --regrow random --out runs/random      control: random births
-    python supersparse.py --order none --out runs/none           control: no curriculum
+    python supersparse.py --order none --out runs/none           control: t in no order
     python supersparse.py --sparsity 0 0 0 0 0 --out runs/off    off: supercurriculum.py
 
 Mind:
@@ -21,8 +21,8 @@ Mind:
  4. The channels to be born have the largest |dLoss/dgate|, summed over 20 batches. That
     is a slope at 0 without its sign: it does not say what a channel could learn.
 
-From the curriculum and sparsity fork of minDiffusion; growing by gradient is from
-RigL (Evci et al. 2020, arXiv:1911.11134). It neither helps nor harms: see RESULTS.md.
+From minDiffusion's curriculum and sparsity fork; growth by gradient is from RigL (Evci
+et al. 2020, arXiv:1911.11134). It helps only where channels are scarce: RESULTS.md.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
         e, n = self.stages, self.epochs_per_stage  # + curriculum
         fits = all(0 <= x <= 1 for x in e) and all(x > 0 for x in n)  # + curriculum
-        if not n or len(e) != len(n) or not fits:  # + curriculum
+        if not 0 < sum(n) < 1e9 or len(e) != len(n) or not fits:  # + curriculum
             raise ValueError("--stages: 0 to 1, each with length > 0")  # + curriculum
         off = self.sparsity  # + sparse
         pairs = zip((1, *off), (*off, 0), strict=True)  # + sparse
@@ -106,7 +106,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0; the last one is that of its use."""
+    """Return a generator seeded by integers >= 0; of several the last says for what."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 

@@ -75,10 +75,10 @@ class Config:
     """frames of a clip (1: images, as in superminddpm.py)"""  # + video
     temporal: bool = True  # + video
     """layers that mix frames: what makes it video"""  # + video
-    noise: Literal["shared", "mixed", "independent"] = "mixed"  # + video
+    noise: Literal["shared", "progressive", "independent"] = "progressive"  # + video
     """one eps for all frames of a clip, correlated ones, or one for each"""  # + video
     correlation: float = 0.5  # + video
-    """of the noise of neighbouring frames under --noise mixed, 0 to 1"""  # + video
+    """of the noise of neighbouring frames under --noise progressive, 0 to 1"""  # + video
     reg_weight: float = 0.1  # + video
     """weight of the penalty on errors that differ from frame to frame"""  # + video
     flow_weight: bool = False  # + video
@@ -97,7 +97,7 @@ class Config:
 
 # ---- 2. Data -----------------------------------------------------------------------
 def rng(device, *key):
-    """Return a generator seeded by integers >= 0; the last one is that of its use."""
+    """Return a generator seeded by integers >= 0; of several the last says for what."""
     seed = np.random.SeedSequence(key).generate_state(1).item()
     return torch.Generator(device).manual_seed(seed)
 
@@ -321,7 +321,7 @@ def build(cfg, shape):
     ddpm.shape = tuple(shape)
     ddpm.shape, ddpm.channels = tuple(clip), shape[0]  # + video
     if cfg.seq_len > 1:  # + video
-        rho = {"shared": 1.0, "mixed": cfg.correlation, "independent": 0.0}  # + video
+        rho = {"shared": 1, "progressive": cfg.correlation, "independent": 0}  # + video
         ddpm.correlation, ddpm.reg_weight = rho[cfg.noise], cfg.reg_weight  # + video
         for block in ddpm.net.modules():  # + video
             if cfg.temporal and isinstance(block, Block):  # + video

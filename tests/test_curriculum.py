@@ -185,6 +185,7 @@ def test_a_run_that_is_extended_keeps_its_stages(tiny):
             "--stages: 0 to 1, each with length > 0",
         ),
         ("--stages --epochs-per-stage", "--stages: 0 to 1, each with length > 0"),
+        ("--epochs-per-stage 5 10 15 20 inf", "--stages: 0 to 1, each with length > 0"),
         ("--epochs-per-stage 0 0 0 0 0", "--stages: 0 to 1, each with length > 0"),
         ("--order backwards", "invalid choice 'backwards'"),
         ("--stage-axis snr", "invalid choice 'snr'"),

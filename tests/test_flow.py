@@ -60,6 +60,13 @@ def test_the_path_is_a_straight_line_over_its_norm():
     torch.testing.assert_close(kept, ddpm.alphabar, atol=1e-6, rtol=0)
 
 
+def test_a_fine_schedule_ends_in_an_image():
+    """At t = 1 of 3000, 1 - alphabar is less than half the spacing of float32."""
+    ddpm, one = build(Config(n_feat=8, T=3000), (1, 8, 8)), torch.tensor([1])
+    x = ddpm.p_sample(normal(0, 1, 1, 8, 8), one, one - 1, 0, 0)
+    assert ddpm.alphabar[1] < 1 and x.isfinite().all()
+
+
 def test_the_loss_is_the_squared_error_of_the_velocity():
     ddpm, t = straight(), torch.tensor([1, 40, 500, 990])
     ddpm.net = Fixed(wave)

@@ -200,6 +200,9 @@ def test_the_labels_of_a_folder(tiny):
     assert command_line(superguide, f"{LINE} --guidance 0 2.5") == 0
     assert superguide.read_checkpoint("run/last.pt")["config"].guidance == (0, 2.5)
     assert Image.open("run/classes_epoch_001.png").size == (8 * 66 + 2, 10 * 66 + 2)
+    more = LINE.replace("epochs 1", "epochs 2 --resume")  # other strengths in the grids
+    assert command_line(superguide, f"{more} --guidance 1") == 0
+    assert Image.open("run/classes_epoch_002.png").size == (4 * 66 + 2, 10 * 66 + 2)
 
 
 @pytest.mark.parametrize("part", ["train", "held"])

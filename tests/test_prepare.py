@@ -83,8 +83,9 @@ def test_idx_files_are_taken_pixel_by_pixel_with_their_labels(name, folder):
         assert found[part].dtype == np.uint8 and found[part].shape == (n, 1, 28, 28)
     assert list(found["recipe"]) == prepare.RECIPE
     assert found["recipe"]["batch"] == 16 and found["recipe"]["flip"] is False
-    large = run(name, out="large", image_size=32)
-    assert large["train"].shape == (30, 1, 32, 32) and len(large["train_labels"]) == 30
+    large = run(name, out="large", image_size=64)
+    assert large["train"].shape == (30, 1, 64, 64) and len(large["train_labels"]) == 30
+    assert len(large["held"]) == len(large["held_labels"]) == 256  # for one batch
 
 
 def test_cifar10_files(monkeypatch):
@@ -463,8 +464,8 @@ def test_clips_with_time_as_the_first_axis_are_refused():
             ValueError, match=r"d.npz holds .* np.swapaxes turns \(F, N"
         ):
             run("npz", data_dir="d.npz", seq_len=4)
-    np.save("d.npy", numbered(6, 20))  # but a few long clips are good
-    assert len(both(run("npz", data_dir="d.npy", seq_len=10))) == 12
+    np.save("d.npy", numbered(3, 60))  # but a few long clips are good
+    assert len(both(run("npz", data_dir="d.npy", seq_len=10))) == 18
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 48, 1)])
@@ -525,7 +526,10 @@ def test_an_existing_folder_is_refused_and_not_touched():
     Path("empty").mkdir()
     Path("link").symlink_to("empty")
     run("folder", out="link")
-    assert Path("empty/train.npy").exists() and not list(Path().glob("*.part-*"))
+    assert Path("empty/train.npy").exists() and not list(Path().glob(".*.part-*"))
+    Path("d").rename("new.part-1")  # only looks like what a killed run has left
+    run("folder", data_dir="new.part-1", out="new")
+    assert len(list(Path("new.part-1").iterdir())) == 5
 
 
 SLOW = """
@@ -547,11 +551,11 @@ def test_a_killed_run_leaves_nothing_half_and_the_next_one_clears_up():
     run_ = subprocess.Popen([sys.executable, "-c", SLOW], env=env)
     parts = []
     while run_.poll() is None and not any(p.stat().st_size > 128 for p in parts):
-        parts = list(Path("o").glob("x.part-*/train.npy"))
+        parts = list(Path("o").glob(".x.part-*/train.npy"))
         time.sleep(0.01)
     os.kill(run_.pid, signal.SIGKILL)
     run_.wait()
-    assert [p.name for p in Path("o").iterdir()] == [f"x.part-{run_.pid}"]
+    assert [p.name for p in Path("o").iterdir()] == [f".x.part-{run_.pid}"]
     assert len(both(run("folder", out="o/x"))) > 2000
     assert [p.name for p in Path("o").iterdir()] == ["x"]
 
