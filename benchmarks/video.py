@@ -4,9 +4,9 @@
     python benchmarks/video.py --steps 20 --out x    to try it out
 
 Trains supervideo.py with its default recipe, one arm after the other: with temporal
-layers on mixed and on shared noise; without them on shared noise, also with a penalty
-100 times as strong; and the first arm again for 80 epochs. From the averaged weights of
-each arm 64 clips are drawn from one seed and measured:
+layers on progressive and on shared noise; without them on shared noise, also with a
+penalty 100 times as strong; and the first arm again for 80 epochs. From the averaged
+weights of each arm 64 clips are drawn from one seed and measured:
 
  - pixels a frame: mean displacement between neighbours, by cross-correlation;
  - match: that correlation, 1 for one thing that moves; beside it that of strangers,
@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import supervideo
 
 RESULTS = Path(__file__).parent / "results"
-MIXED = {"temporal": True, "noise": "mixed"}
+PROGRESSIVE = {"temporal": True, "noise": "progressive"}
 ALONE = {"temporal": False, "noise": "shared"}
 ARMS = {
-    "temporal, mixed": MIXED,
-    "temporal, shared": MIXED | {"noise": "shared"},
+    "temporal, progressive": PROGRESSIVE,
+    "temporal, shared": PROGRESSIVE | {"noise": "shared"},
     "frame by frame, shared": ALONE,
     "frame by frame, shared, penalty 10": ALONE | {"reg_weight": 10.0},
-    "temporal, mixed, 80 epochs": MIXED | {"epochs": 80},
+    "temporal, progressive, 80 epochs": PROGRESSIVE | {"epochs": 80},
 }
 
 
@@ -91,7 +91,7 @@ def main(steps: int = 0, out: Path = RESULTS):
     head = f"{'':36}{'loss':>8}{'jitter':>8}{'px/frame':>10}"
     head += f"{'match':>8}{'still':>8}{'steady':>8}"
     lines, kept = ["python benchmarks/video.py", "", head], {}
-    held = supervideo.load_images(supervideo.Config())[1] / 127.5 - 1
+    held = supervideo.load_images(supervideo.Config(steps=steps))[1] / 127.5 - 1
     kept["real"] = real = held[:64]
     lines.append(f"{'real':36}{'':16}{motion(real)}")
     frames = [real[:, f : f + 1].roll(f, 0) for f in range(real.shape[1])]
@@ -117,4 +117,7 @@ def main(steps: int = 0, out: Path = RESULTS):
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f"video.py: {error}")

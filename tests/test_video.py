@@ -199,7 +199,7 @@ def test_each_frame_is_normal_and_frames_k_apart_correlate_by_rho_to_the_k(rho):
 
 
 @pytest.mark.parametrize(
-    ("noise", "rho"), [("shared", 1), ("mixed", 0.7), ("independent", 0)]
+    ("noise", "rho"), [("shared", 1), ("progressive", 0.7), ("independent", 0)]
 )
 def test_training_and_sampling_use_the_noise_that_is_asked_for(monkeypatch, noise, rho):
     """With x_0 = 0 the net sees sqrt(1 - abar) eps; then x_T; then what z adds."""
@@ -243,7 +243,7 @@ def test_the_loss_is_eq_14_plus_the_penalty_as_promised():
     torch.testing.assert_close(ddpm(x0, t, eps), mse + (weights * pairs).mean())
 
 
-@pytest.mark.parametrize("noise", ["shared", "mixed", "independent"])
+@pytest.mark.parametrize("noise", ["shared", "progressive", "independent"])
 def test_the_penalty_is_0_where_all_frames_err_alike(monkeypatch, noise):
     ddpm = model(noise=noise, reg_weight=1.0).train()
     x0, t = normal(5, 4, 8, 8), torch.tensor([100, 200, 400, 700, 900])
@@ -384,7 +384,7 @@ def test_a_run_leaves_clips_in_columns_and_a_film(monkeypatch, clips, length):
 
 def test_load_brings_back_what_sampling_needs(monkeypatch, clips):
     monkeypatch.setattr(supervideo, "save_grid", lambda *_: None)
-    for noise, rho in {"shared": 1, "mixed": 0.3, "independent": 0}.items():
+    for noise, rho in {"shared": 1, "progressive": 0.3, "independent": 0}.items():
         options = {"out": noise, "noise": noise, "correlation": 0.3, "steps": 1}
         train(Config(clips, **options, **TINY))
         ddpm = load(f"{noise}/last.pt")

@@ -16,6 +16,6 @@ ANSWERS = {
     },
     "12.3": {
         "want": lambda ratio: 0.35 < ratio < 0.85,
-        "hint": "shared over mixed, both after 150 steps",
+        "hint": "shared over progressive, both after 150 steps",
     },
 }
