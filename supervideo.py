@@ -78,7 +78,7 @@ class Config:
     noise: Literal["shared", "progressive", "independent"] = "progressive"  # + video
     """one eps for all frames of a clip, correlated ones, or one for each"""  # + video
     correlation: float = 0.5  # + video
-    """of the noise of neighbouring frames under --noise progressive, 0 to 1"""  # + video
+    """of neighbouring frames' noise under --noise progressive, 0 to 1"""  # + video
     reg_weight: float = 0.1  # + video
     """weight of the penalty on errors that differ from frame to frame"""  # + video
     flow_weight: bool = False  # + video

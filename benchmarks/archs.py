@@ -76,6 +76,8 @@ def train(arm, steps, seed):
 
 
 def main(steps: int = 1980, seeds: int = 2):
+    if min(steps, seeds) < 1:
+        raise ValueError("--steps and --seeds are 1 or more")
     torch.set_num_threads(1)
     superarch.save_grid = lambda *_: None  # no pictures
     times = time_steps()
@@ -106,4 +108,7 @@ def main(steps: int = 1980, seeds: int = 2):
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f"archs.py: {error}")

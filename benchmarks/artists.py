@@ -37,6 +37,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import tyro
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -371,4 +372,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
@@ -401,4 +402,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

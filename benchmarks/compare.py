@@ -408,11 +408,12 @@ def add(results, line):
         f.write(json.dumps(line) + "\n")
 
 
-def agree(options, results):
+def agree(options, results, todo=True):
     """Write down what holds for all lines of a results file, or compare with it.
 
-    ValueError: they differ. untrained is the held-out loss of eps_hat = x_t, where
-    training starts: another schedule, split or content of the data would change it.
+    ValueError: they differ; in their device only if there is anything to do. untrained
+    is the held-out loss of eps_hat = x_t, where training starts: another schedule,
+    split or content of the data would change it.
     """
     _, cfg = configure(options, {"arm": "base", "seed": 0, "steps": 0})
     gpu = torch.accelerator.current_accelerator(check_available=True)
@@ -423,6 +424,8 @@ def agree(options, results):
     new["device"] = gpu.type if gpu else "cpu"  # another kind draws other noise
     new["untrained"] = round(base.held_out_loss(start, held)["held_loss"], 5)
     old = [line["protocol"] for line in read(results) if "protocol" in line]
+    if old and not todo:  # nothing is drawn, so any device will do
+        new["device"] = old[0].get("device")
     if not old:
         add(results, {"protocol": new})
     elif other := [x for x in {**old[0], **new} if old[0].get(x) != new.get(x)]:
@@ -466,13 +469,13 @@ def keep_pictures(options, path):
 def compare(options):
     """Make the runs that are missing, write the tables and print them."""
     results = ROOT / "benchmarks" / "results" / f"compare-{options.name}.jsonl"
-    agree(options, results)
     todo = [
         {"arm": arm, "seed": seed, "steps": options.steps}
         for seed, arm in product(range(options.seeds), options.arms)
     ]
     lines = read(results)
     todo = [key for key in todo if not any(key.items() <= x.items() for x in lines)]
+    agree(options, results, todo)
     scores = judge(options, results) if todo else None
     for key in tqdm(todo, "runs"):
         add(results, run(options, key, scores))

@@ -17,8 +17,9 @@ closed form from the training images, at the same ten noise levels:
 And eps_hat = x_t, "all of it is noise", is where the base starts. A run that is on
 training images far below its loss on held-out ones has begun to copy.
 
-What depends on noise is the mean of --draws draws, the same for all rows. The schedule
-is that of the runs, so runs with another schedule have a table of their own.
+What depends on noise is the mean of --draws draws, the same for all rows. Schedule and
+data are those of the runs, so runs with others have a table of their own. Both answers
+are for white noise: clips of supervideo.py have it under --noise independent only.
 """
 
 import sys
@@ -142,18 +143,22 @@ def references(images, held, alphabar, levels, draws=8):
 
 def gauge(runs, draws=8):
     """Return the noise levels and {answer or run: [loss at each level]}."""
-    table, schedule, levels = {}, None, None
+    table, first, levels = {}, None, None
     for run in runs:
         path = Path(run, "last.pt")
         script = script_of(path)
         ddpm, cfg = script.load(path), script.read_checkpoint(path)["config"]
         images, held = script.load_images(cfg)
-        if schedule is None:
-            schedule = ddpm.alphabar
+        if getattr(ddpm, "correlation", 0):
+            raise ValueError(f"{run}: its frames share noise; this is for white noise")
+        own = {"schedule": ddpm.alphabar, "images": images, "held-out images": held}
+        first = first or own
+        if other := [x for x in own if not torch.equal(own[x], first[x])]:
+            why = f"{run} differs in its {', '.join(other)}"
+            raise ValueError(f"{why}: give it a table of its own")
+        if not table:
             levels = [round((k + 0.5) * ddpm.T / 10) for k in range(10)]
-            table = references(images, held, schedule, levels, draws)
-        elif not torch.equal(schedule, ddpm.alphabar):
-            raise ValueError(f"{run} has another schedule: give it a table of its own")
+            table = references(images, held, ddpm.alphabar, levels, draws)
         for name, part in ((run, held), (f"{run}, training images", images)):
             part = part[: len(held)]
             table[name] = [net_loss(ddpm, part, level, draws) for level in levels]

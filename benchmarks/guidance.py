@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality import score, train_judge
@@ -33,18 +34,20 @@ def variety(images, labels):
 
 
 @torch.no_grad()
-def main():
+def main(path: tyro.conf.Positional[str]):
+    """Score digits of each strength; path: a checkpoint of superguide.py."""
     torch.set_num_threads(1)
-    ddpm = superguide.load(sys.argv[1])
-    cfg = superguide.Config()
+    ddpm, cfg = superguide.load(path), superguide.Config()
     images, held = (x / 127.5 - 1 for x in superguide.load_images(cfg))
+    if ddpm.shape != images.shape[1:] or not hasattr(ddpm.net, "classes"):
+        raise ValueError(f"{path} does not draw digits of 8x8 by their labels")
     labels, held_labels = superguide.load_labels(cfg)
     with torch.enable_grad():
         judge = train_judge(images, labels)
     right = (judge(held).argmax(1) == held_labels).float().mean()
     own = variety(held, held_labels) / variety(images, labels)
     far = score(held, images, held, held_labels, judge)["Frechet distance / floor"]
-    lines = ["python superguide.py", f"python benchmarks/guidance.py {sys.argv[1]}", ""]
+    lines = ["python superguide.py", f"python benchmarks/guidance.py {path}", ""]
     row = f"agrees {right:.3f}, variety {own:.2f}, Frechet / floor {far:.2f}"
     lines.append(f"real: {row} (held-out digits)")
     y, g = torch.arange(1000) % 10, torch.Generator().manual_seed(0)
@@ -64,4 +67,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f"guidance.py: {error}")

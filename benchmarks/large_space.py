@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
+import tyro
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -150,4 +151,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -22,12 +22,14 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all runs on one kind of device
 
 import numpy as np
 import torch
+import tyro
 from scipy.stats import t as student
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +117,8 @@ def table(lines):
     return "\n".join(["python benchmarks/objectives.py", "", *text, ""])
 
 
-def main():
+def main(arms: tyro.conf.Positional[tuple[Literal[tuple(ARMS)], ...]] = ()):
+    """Make the runs that are missing; arms: the ways to train (none: all)."""
     torch.set_num_threads(1)
     results = ROOT / "benchmarks" / "results" / "objectives.jsonl"
     text = results.read_text() if results.exists() else ""
@@ -125,7 +128,7 @@ def main():
     data = images, held, held_labels
     done = {(line["arm"], line["seed"]) for line in lines}
     for seed in range(3):
-        for arm in sys.argv[1:] or ARMS:
+        for arm in arms or ARMS:
             if (arm, seed) not in done:
                 judge = judge or train_judge(images, labels)
                 lines.append(run(arm, seed, data, judge))
@@ -136,4 +139,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        tyro.cli(main, description=__doc__)
+    except (ValueError, OSError) as error:
+        sys.exit(f"objectives.py: {error}")

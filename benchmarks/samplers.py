@@ -21,10 +21,11 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from measures import load_labels
 from quality import score, train_judge
 
+import superminddpm as base
 import supersample
-from superguide import load_labels
 
 RESULTS = Path(__file__).parent / "results"
 CALLS = (5, 10, 20, 50, 100, 250, 1000)
@@ -42,18 +43,17 @@ SCORES = {
 
 
 def cell(values):
-    """Return the mean and half the range of scores as text; nothing for none."""
-    if not values:
-        return ""
+    """Return the mean and half the range of scores as text."""
     return f"{sum(values) / len(values):.2f} ±{(max(values) - min(values)) / 2:.2f}"
 
 
 def table(rows, score):
     """Return lines of text: a line a way, a column a number of calls."""
-    lines = [f"{SCORES[score]:32}" + "".join(f"{calls:>12}" for calls in CALLS)]
+    numbers = sorted({row["calls"] for row in rows})
+    lines = [f"{SCORES[score]:32}" + "".join(f"{calls:>12}" for calls in numbers)]
     for name in WAYS:
         cells = ""
-        for calls in CALLS:
+        for calls in numbers:
             here = [r for r in rows if (r["way"], r["calls"]) == (name, calls)]
             cells += f"{cell([row[score] for row in here]):>12}"
         lines.append(f"{name:32}{cells}".rstrip())
@@ -74,7 +74,7 @@ def picture(rows, path):
         axes.fill_between(calls, low, high, color=color, alpha=0.15)
     axes.axhline(1, color="grey", lw=1)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations")
-    axes.set_xticks(CALLS, CALLS)
+    axes.set_xticks(calls, calls)
     axes.set_yticks((1, 2, 5, 10), (1, 2, 5, 10))
     axes.minorticks_off()
     axes.set_ylabel("Frechet distance to digits, over its floor")
@@ -88,9 +88,14 @@ def main(
     calls: tuple[int, ...] = CALLS,
     out: Path = RESULTS,
 ):
-    script, ddpm = supersample.open_model(path, ema=True)
-    images, held = (x / 127.5 - 1 for x in script.load_images(script.Config()))
-    labels, held_labels = load_labels(script.Config())
+    if not calls or min(seeds, *calls) < 1:
+        raise ValueError("--seeds and --calls are 1 or more")
+    _, ddpm = supersample.open_model(path, ema=True)
+    images, held = (x / 127.5 - 1 for x in base.load_images(base.Config()))
+    if ddpm.shape != images.shape[1:]:
+        raise ValueError(f"{path} draws {ddpm.shape}, not digits of 8x8")
+    labels, held_labels = load_labels("digits")
+    out.mkdir(parents=True, exist_ok=True)
     judge, rows = train_judge(images, labels), []
     for seed, n, name in itertools.product(range(seeds), calls, WAYS):
         sampler, eta, *_ = WAYS[name]

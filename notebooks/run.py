@@ -145,22 +145,31 @@ def link(path):
     """Write way(path) below the title of the notebook at path, where it differs."""
     nb = nbformat.read(path, 4)
     title, *rest = nb.cells[0].source.split("\n\n")
-    old = "[glossary](glossary.md)" in rest[0]
+    old = "[glossary](glossary.md)" in "".join(rest[:1])
     source = "\n\n".join([title, way(path), *rest[old:]])
     if source != nb.cells[0].source:
         nb.cells[0].source = source
         nbformat.write(nb, path)
 
 
+def choose(names):
+    """Return the notebooks whose names begin so; exit if one of the names has none."""
+    paths = sorted(HERE.glob("*.ipynb"))
+    wrong = [x for x in names if not any(path.name.startswith(x) for path in paths)]
+    if wrong:
+        program = Path(sys.argv[0]).name
+        sys.exit(f"{program}: no notebook here begins with {' or '.join(wrong)}")
+    return [path for path in paths if path.name.startswith(tuple(names))]
+
+
 def main():
-    if len(sys.argv) == 3 and sys.argv[1] == "--clear":
-        return copy_for_class(Path(sys.argv[2]))
-    names = sys.argv[1:] or [""]
-    names = [name for name in names if name != "--links"]
-    paths = [path for name in names for path in sorted(HERE.glob(f"{name}*.ipynb"))]
-    if names and not paths:
-        sys.exit(f"run.py: no notebook here begins with {' or '.join(names)}")
-    for path in paths:
+    words = sys.argv[1:]
+    if len(words) == 2 and words[0] == "--clear":
+        return copy_for_class(Path(words[1]))
+    if {"-h", "--help", "--clear"} & {*words}:
+        return print(__doc__.strip())
+    names = [word for word in words or [""] if word != "--links"]
+    for path in choose(names):
         seconds = run(path)
         size = path.stat().st_size / 1e3
         print(f"{path.name:32} {seconds:5.0f} s {size:6.0f} kB", flush=True)

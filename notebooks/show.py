@@ -49,7 +49,10 @@ function step() {
 slider.oninput = show
 button.onclick = () => {
   if (clock) return stop()
-  if (slider.value == slider.max) slider.value = -1
+  if (slider.value == slider.max) {
+    slider.value = 0
+    show()
+  }
   button.textContent = "⏸"
   clock = setInterval(step, 400)
 }
@@ -288,6 +291,8 @@ def judge(answer, want, hint, tol=0.01):
         elif isinstance(want, Number) and not isinstance(want, bool):
             right = abs(float(answer) - want) <= tol * (abs(want) or 1)
         else:
+            if hasattr(answer, "item"):  # of numpy or torch
+                answer = answer.item()
             right = type(answer) is type(want) and answer == want
     except Exception as error:  # a wrong answer must not stop the notebook
         right, hint = False, f"{type(error).__name__}: {error}"

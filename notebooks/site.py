@@ -72,8 +72,8 @@ def read(path, execute):
     if path.suffix == ".ipynb":
         env = os.environ | {"PLAYERS": "html"}  # for show.py
         nb = run.execute(path, env) if execute else nbformat.read(path, 4)
-        line = f"\n\n{run.way(path)}\n"  # its links stand on top of the page instead
-        nb.cells[0].source = nb.cells[0].source.replace(line, "\n", 1)
+        line = f"\n\n{run.way(path)}"  # its links stand on top of the page instead
+        nb.cells[0].source = nb.cells[0].source.replace(line, "", 1)
         return nb
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".md":
@@ -138,8 +138,9 @@ def build(out, names):
 
 def main():
     names = sys.argv[1:] or [""]
-    if wrong := [name for name in names if not [*HERE.glob(f"{name}*.ipynb")]]:
-        sys.exit(f"site.py: no notebook here begins with {' or '.join(wrong)}")
+    if {"-h", "--help"} & {*names}:
+        return print(__doc__.strip())
+    run.choose(names)
     build(ROOT / "site", names)
 
 

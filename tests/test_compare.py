@@ -1,10 +1,12 @@
 """benchmarks/compare.py: fair pairs, resumable, verdicts by the stated rule."""
 
 import csv
+import dataclasses
 import shutil
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,31 @@ def test_pictures_are_measured_and_kept(whole):
     assert kept["base 16"].shape == (16, 1, 8, 8)
     assert kept["curriculum 16 stages"].shape == (2, 8, 1, 8, 8)
     assert (kept["base 16"] != kept["curriculum 16"]).any()
+    # by the averaged weights, and from one x_T in both arms
+    for arm, script in (("base", superminddpm), ("curriculum", supercurriculum)):
+        path = whole / f"runs/compare/mine-{arm}-0-16/last.pt"
+        drawn = measures.draw(script.load(path, ema=True), 16, seed=1000)
+        assert (kept[f"{arm} 16"] == drawn.numpy()).all()
+
+
+def test_the_time_of_a_run_is_that_of_its_training_alone(monkeypatch):
+    """By a clock that only these functions move on. None: the run had begun before."""
+    now, cost = [0], {"build": 5, "held_out_loss": 10, "save_grid": 20, "save_run": 40}
+    own = {name: getattr(superminddpm, name) for name in cost}
+    own["save_grid"] = lambda *_: None
+
+    def slow(name, *args):
+        now[0] += cost[name]
+        return own[name](*args)
+
+    for name in cost:
+        monkeypatch.setattr(superminddpm, name, partial(slow, name))
+    clock = types.SimpleNamespace(process_time=lambda: now[0])
+    clock.perf_counter = clock.process_time
+    monkeypatch.setattr(compare, "time", clock)
+    cfg = superminddpm.Config(n_feat=8, steps=1, out="run", quiet=True, resume=True)
+    assert compare.train(superminddpm, cfg) == 5
+    assert compare.train(superminddpm, dataclasses.replace(cfg, steps=2)) is None
 
 
 def test_the_stages_of_a_run_are_read_from_its_folder(whole):

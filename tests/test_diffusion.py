@@ -44,9 +44,11 @@ def test_an_untrained_network_says_that_all_of_it_is_noise(channels, size):
 
 
 def test_the_time_reaches_every_block_and_the_bottleneck():
-    net = UNet(1, 8)
+    net, alike = UNet(1, 8), normal(0, 1, 1, 8, 8).expand(2, -1, -1, -1)
     torch.nn.init.normal_(net.out.weight)
-    net(normal(0, 2, 1, 8, 8), torch.tensor([3, 700])).square().sum().backward()
+    early, late = net(alike, torch.tensor([3, 700]))
+    assert not torch.allclose(early, late, rtol=0.1)
+    (early - late).square().sum().backward()
     films = [p for name, p in net.named_parameters() if "film.weight" in name]
     assert len(films) == 6
     assert all(p.grad.abs().sum() > 0 for p in [*films, net.vec_time.weight])
@@ -55,10 +57,12 @@ def test_the_time_reaches_every_block_and_the_bottleneck():
 def test_the_bottleneck_is_a_vector_that_matters():
     net = UNet(3, 8)
     torch.nn.init.normal_(net.out.weight)
-    xt, t = normal(0, 2, 3, 16, 16), torch.tensor([5, 5])
+    xt, t, shapes = normal(0, 2, 3, 16, 16), torch.tensor([5, 5]), []
+    net.to_vec.register_forward_hook(lambda *given: shapes.append(given[-1].shape))
     before = net(xt, t)
     torch.nn.init.zeros_(net.up0.weight)
-    assert net.to_vec.out_channels == 2 * 8 and not torch.allclose(before, net(xt, t))
+    assert not torch.allclose(before, net(xt, t))
+    assert shapes == [(2, 2 * 8, 1, 1)] * 2
 
 
 def test_images_of_a_batch_do_not_mix():

@@ -14,6 +14,7 @@ import gauge
 import measures
 
 import superminddpm as base
+import supervideo
 from superminddpm import Config
 
 LEVELS = [round((k + 0.5) * 100) for k in range(10)]
@@ -153,3 +154,18 @@ def test_the_table_of_a_run_and_its_picture(tiny, capsys):
         np.testing.assert_allclose(stored[1][name] / 1000, row, rtol=0.005)
     with pytest.raises(ValueError, match="nowhere"):
         gauge.main(("nowhere",))
+
+
+def test_one_table_is_for_one_data_set_and_for_white_noise(tiny):
+    short = f"--data {tiny} --steps 1 --quiet --out"
+    assert command_line(base, f"{short} run") == 0
+    assert command_line(base, "--n-feat 8 --steps 1 --quiet --out digits") == 0
+    with pytest.raises(ValueError, match="digits differs in its images, held-out im"):
+        gauge.gauge(["run", "digits"], draws=1)
+    for noise in ("shared", "progressive", "independent"):
+        clips = f"{short} {noise} --seq-len 2 --noise {noise}"
+        assert command_line(supervideo, clips) == 0
+    for noise in ("shared", "progressive"):
+        with pytest.raises(ValueError, match=f"{noise}: its frames share noise"):
+            gauge.gauge([noise], draws=1)
+    assert "independent" in gauge.gauge(["independent"], draws=1)[1]

@@ -396,6 +396,12 @@ def lines(axes):
     return [(x.get_label(), *(v.tolist() for v in x.get_data())) for x in axes.lines]
 
 
+def test_real_ones_of_other_splits_score_their_floor():
+    x = np.random.default_rng(0).standard_normal((2000, 20))
+    found = quality.other_splits(x, 400, splits=20)
+    assert abs(found.mean() - 1) < 0.1 and len({*found}) == 20
+
+
 def test_curves_of_one_run_are_those_of_its_table():
     run = made_up_run("run", [1, 2, 4, 5, 8, 10, 16])
     left, right = curves.draw({run: curves.read(run)}).axes

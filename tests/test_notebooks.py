@@ -23,7 +23,9 @@ from urllib.request import urlopen
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -182,6 +184,10 @@ def test_check_tells_right_from_wrong_and_from_unanswered(capsys):
         (0.0, 0, "Right."),
         ("b", "b", "Right."),
         (1, True, "Not yet: think"),
+        (np.True_, True, "Right."),
+        (torch.tensor(True), True, "Right."),
+        (torch.tensor(1), True, "Not yet: think"),
+        (torch.tensor([3, 4]), lambda answer: len(answer) == 2, "Right."),
         (3, lambda answer: answer > 2, "Right."),
         (1, lambda answer: answer(2) == 4, "Not yet: TypeError"),
         ("a", 1.0, "Not yet: ValueError"),
@@ -449,6 +455,40 @@ def test_the_glossary_has_each_term_that_is_linked():
             assert not term or term in anchors, target
         elif not file.startswith("https://"):
             assert (ROOT / "notebooks" / file).is_file(), target
+
+
+def test_a_title_alone_gets_its_line_once(tmp_path):
+    path = tmp_path / "00_a.ipynb"
+    cell = nbformat.v4.new_markdown_cell("# A title", id="c00")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    for _ in range(2):
+        run.link(path)
+        text = nbformat.read(path, 4).cells[0].source
+        assert text == "# A title\n\n[glossary](glossary.md)"
+
+
+def test_notebooks_are_chosen_by_how_their_names_begin(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(run, "run", lambda path: done.append(path.name) or 0)
+    monkeypatch.setattr(run, "link", lambda path: None)
+
+    def call(*words):
+        done.clear()
+        monkeypatch.setattr(sys, "argv", ["notebooks/run.py", *words])
+        run.main()
+        return [name[:2] for name in done]
+
+    names = [path.name for path in PATHS]
+    assert call() == [name[:2] for name in names] and call("--links") == []
+    assert call("02", "00") == ["00", "02"] and call(names[3]) == ["03"]
+    for words, wrong in ((("03", "99"), "99"), (("/x",), "/x"), (("--al",), "--al")):
+        with pytest.raises(SystemExit, match=f"run.py: no .* begins with {wrong}$"):
+            call(*words)
+        assert not done
+    capsys.readouterr()
+    for words in (["--help"], ["-h"], ["--clear"], ["03", "--clear", "x"]):
+        assert call(*words) == []
+        assert capsys.readouterr().out.strip() == run.__doc__.strip()
 
 
 # ---- A copy for a class --------------------------------------------------------------

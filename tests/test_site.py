@@ -84,17 +84,19 @@ def moved(player):
     return seen
 
 
-def played(page, player):
-    """Return the values of a slider while the button plays, from the beginning."""
-    slider = player.get_by_role("slider")
-    slider.press("Home")
-    values = [slider.input_value()]
-    player.get_by_role("button").click()
+def played(page, player, start):
+    """Return which frames are seen while the button plays, from a key, Home or End."""
+    look = "[...player.querySelectorAll('figure')].findIndex(part => !part.hidden)"
+    click = "player.querySelector('button').click()"
+    player.get_by_role("slider").press(start)
+    seen = [player.evaluate(f"player => {{ {click}; return {look} }}")]
     for _ in range(2):
         page.wait_for_timeout(500)
-        values.append(slider.input_value())
-    player.get_by_role("button").click()
-    return values
+        seen.append(player.evaluate(f"player => {look}"))
+    button = player.get_by_role("button")
+    if button.inner_text() == "⏸":  # else it has come to the end
+        button.click()
+    return seen
 
 
 def visit(browser, out):
@@ -112,7 +114,8 @@ def visit(browser, out):
             seen[path] = {"links": [], "ids": [], "wrong": [*wrong]}
             continue
         players = page.locator(".player").all()
-        seen[path] = {"played": [played(page, one) for one in players[:1]]}
+        ways = [(one, key) for one in players[:1] for key in ("Home", "End")]
+        seen[path] = {"played": [played(page, *way) for way in ways]}
         seen[path]["players"] = [moved(one) for one in players]
         seen[path] |= page.evaluate(FACTS)
         for scheme in ("light", "dark"):
@@ -199,8 +202,7 @@ def test_every_player_moves(seen):
             for frames in facts["players"]:
                 for part in zip(*frames, strict=True):  # pictures, captions
                     assert len(set(part)) == len(frames) > 1, path
-            for values in facts["played"]:
-                first, second, third = map(int, values)
+            for first, second, third in facts["played"]:
                 assert 0 == first < second < third, path
 
 
@@ -222,7 +224,9 @@ def test_a_player_needs_nothing_but_its_own_output(browser, monkeypatch):
         "green",
         "blue",
     ]
-    assert played(page, first) == ["0", "1", "2"] and second.inner_html() == before
+    for start in ("Home", "End"):
+        assert played(page, first, start) == [0, 1, 2]
+    assert second.inner_html() == before
     assert len(moved(second)) == 2
     page.close()
 
@@ -247,6 +251,24 @@ def test_every_formula_is_known_to_the_converter():
                 render(cell.source)
     with pytest.raises(Exception, match="Unknown command"):
         render(r"$\unknown$")
+
+
+def test_names_that_no_notebook_has_are_refused_and_help_builds_nothing(
+    monkeypatch, capsys
+):
+    built, main = [], SITE["main"]
+    monkeypatch.setitem(main.__globals__, "build", lambda *way: built.append(way))
+    for words in ([], ["00", LESSONS[2].name]):
+        monkeypatch.setattr(sys, "argv", ["notebooks/site.py", *words])
+        main()
+        assert built.pop() == (ROOT / "site", words or [""])
+    for words, wrong in ((["03", "99"], "99"), (["/x"], "/x")):
+        monkeypatch.setattr(sys, "argv", ["notebooks/site.py", *words])
+        with pytest.raises(SystemExit, match=f"site.py: no .* begins with {wrong}$"):
+            main()
+    monkeypatch.setattr(sys, "argv", ["notebooks/site.py", "--help"])
+    main()
+    assert capsys.readouterr().out.strip() == SITE["__doc__"].strip() and not built
 
 
 def test_the_workflow_runs_the_commands_of_the_documents():

@@ -183,6 +183,15 @@ def test_the_highest_scores_of_masked_channels_are_born(monkeypatch):
     assert born.nonzero().flatten().tolist() == [13, 14, 15]  # 6 are due
 
 
+def test_births_are_decided_by_20_batches():
+    ddpm, cfg, losses = planted(), Config(n_feat=8, batch=16), []
+    forward, p = ddpm.forward, stage_density(cfg, ddpm.alphabar)
+    ddpm.forward = lambda *args: losses.append(args) or forward(*args)
+    images = supersparse.load_images(cfg)[0]
+    grow(ddpm, ddpm, cfg, images, p[1], 1, 7, slice(None))
+    assert len(losses) == 20
+
+
 def test_gradient_and_random_regrowth_differ_in_births_only(tiny):
     births = [
         run(regrow, regrow=regrow)["net"]["net.channel_birth_stage"]

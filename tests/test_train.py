@@ -141,6 +141,30 @@ def test_every_image_is_seen_once_an_epoch_in_a_new_order(tiny, monkeypatch):
     assert not torch.equal(*epochs)
 
 
+def test_flip_mirrors_the_images_of_every_other_step(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(base, "save_grid", lambda *_: None)
+    spy_on_forward(monkeypatch, lambda self, x0, t, eps: seen.append(x0.clone()))
+    run("run", steps=3, batch=160, every=99, flip=True)  # all images in each step
+    images = base.load_images(small("x"))[0] / 127.5 - 1
+    for x0, want in zip(seen, (images, images.flip(-1), images), strict=True):
+        assert sorted(x0.flatten(1).tolist()) == sorted(want.flatten(1).tolist())
+
+
+def test_another_seed_has_other_weights_order_t_and_noise(tiny, monkeypatch):
+    seen = []
+
+    def record(self, *drawn):
+        seen.append([self.net.init.weight.detach().clone(), *drawn])
+
+    monkeypatch.setattr(base, "save_grid", lambda *_: None)
+    spy_on_forward(monkeypatch, record)
+    for seed in (0, 1):
+        run(f"run{seed}", steps=1, seed=seed)
+    for one, other in zip(*seen, strict=True):
+        assert not torch.equal(one, other)
+
+
 def test_t_is_uniform_up_to_T_and_noise_is_normal_and_new(tiny, monkeypatch):
     ts, noise = [], []
 
@@ -180,7 +204,7 @@ def test_the_held_out_loss_is_fixed_and_exact():
 
 def test_metrics_and_upper_rows_are_of_the_averaged_weights(tiny):
     """The raw weights have another held-out loss; only the third row is theirs."""
-    cfg = small("run", steps=5)
+    cfg = small("run", steps=5, seed=1)
     ema = train(cfg)
     raw, held = base.load("run/last.pt", ema=False), base.load_images(cfg)[1]
     held = held / 127.5 - 1
@@ -188,7 +212,7 @@ def test_metrics_and_upper_rows_are_of_the_averaged_weights(tiny):
     assert row["held_loss"] == base.held_out_loss(ema, held)["held_loss"]
     assert row["held_loss"] != base.held_out_loss(raw, held)["held_loss"]
     grid = decode_image("run/samples_epoch_001.png", ImageReadMode.GRAY)[0] / 127.5 - 1
-    xt = torch.randn(32, 1, 8, 8, generator=base.rng("cpu", 0, 3))
+    xt = torch.randn(32, 1, 8, 8, generator=base.rng("cpu", 1, 3))
     drawn = [ema.sample(xt.shape, xt=xt), raw.sample(xt[:16].shape, xt=xt[:16])]
     for k, image in enumerate(torch.cat([*drawn, held[:16]])):
         y, x = 66 * (k // 16) + 2, 66 * (k % 16) + 2  # 64 pixels and a gap of 2
@@ -332,13 +356,16 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tiny, monkeypatch):
 # ---- going on ------------------------------------------------------------------------
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, monkeypatch):
     run("whole", steps=15, every=2)
     run("parts", steps=15, every=2)
     os.remove("parts/last.pt")
     os.rename("parts/checkpoint_epoch_002.pt", "parts/last.pt")
     assert state("parts")["step"] == 10
+    steps = []
+    spy_on_forward(monkeypatch, lambda *_: steps.append(1))
     run("parts", steps=15, every=2, resume=True)
+    assert len(steps) == 5  # it goes on: to start over would end alike
     assert_same_run("whole", "parts")
     tables = [Path(name, "metrics.csv").read_text() for name in ("whole", "parts")]
     assert tables[0] == tables[1] and tables[0].count("\n") == 3
@@ -348,6 +375,8 @@ def kill_until_done(cfg, world, kills, dice):
     """Kill start after start of a run at random moments; at last let one end."""
     done, n = Path("seen0.pt"), 0
     done.unlink(missing_ok=True)
+    last, first = (Path(cfg.out, f"{x}.pt") for x in ("last", "checkpoint_epoch_001"))
+    born = set()
     while not done.exists():
         workers = start(work, cfg, world=world)
         if n < kills:
@@ -359,6 +388,8 @@ def kill_until_done(cfg, world, kills, dice):
                 worker.kill()
             n += 1
         assert set(finish(workers)) <= {0, -signal.SIGKILL}
+        born |= {first.stat().st_mtime_ns} if last.exists() else set()
+    assert len(born) == 1  # no start began again with the first epoch
     return n
 
 
@@ -458,6 +489,17 @@ def test_on_resume_more_steps_are_fine_and_other_options_are_refused_by_name(
     assert run("run", steps=7, resume=True, every=2)["step"] == 7
     with pytest.raises(ValueError, match="the run in run has another n_feat, lr$"):
         run("run", steps=9, resume=True, lr=1e-3, n_feat=16)
+    own = small("run", steps=9, resume=True)
+    fixed = {"data": "digits", "n_feat": 16, "T": 500, "batch": 40, "lr": 1e-3}
+    fixed |= {"warmup": 9, "grad_clip": 2.0, "ema_decay": 0.5, "flip": True, "seed": 1}
+    free = {"epochs": 9, "steps": 8, "every": 3, "device": "cpu", "bf16": True}
+    free |= {"compile": True, "wandb": True, "quiet": False, "out": "./run"}
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert fields == {*fixed, *free, "resume"}
+    for name, value in fixed.items():
+        with pytest.raises(ValueError, match=f"the run in run has another {name}$"):
+            base.find_run(dataclasses.replace(own, **{name: value}))
+    assert base.find_run(dataclasses.replace(own, **free))[1]["step"] == 7
     assert capsys.readouterr().err == ""
     assert run("run", steps=5, resume=True, quiet=False)["step"] == 7
     assert "nothing to do: run is at step 7 of 5" in capsys.readouterr().err
@@ -593,7 +635,6 @@ BAD = {
     "--seed 99999999999999999999": "--seed cannot be 99999999999999999999",
     "--device cuda": "rank 0 of 1: 0 cuda here (--device cpu?)",
     "--device gpu": "--device",
-    "--wandb": "No module named 'wandb'",
 }
 
 
@@ -646,12 +687,17 @@ def test_wandb_gets_the_metrics(tiny, monkeypatch):
     assert [row["step"] for row in rows] == [5, 10] and rows[0]["held_loss"] > 0
 
 
-def test_a_folder_named_wandb_is_not_the_package(tiny, monkeypatch, capsys, tmp_path):
-    Path("wandb").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert command_line(base, "--data tiny --wandb") == 2
-    assert "cannot import name 'init' from 'wandb'" in capsys.readouterr().err
+@pytest.mark.parametrize("found", [None, types.ModuleType("wandb")])
+def test_without_wandb_or_with_a_folder_of_that_name_there_is_one_line(
+    monkeypatch, capsys, tmp_path, found
+):
+    """Also where it is installed. To Python a folder is a module without contents."""
+    monkeypatch.setitem(sys.modules, "wandb", found)
+    assert command_line(base, "--wandb") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("superminddpm.py: ") and said.count("\n") == 1
+    assert "wandb" in said.removeprefix("superminddpm.py: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["memory", "accelerator", "network"])
