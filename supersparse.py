@@ -22,7 +22,7 @@ Mind:
     is a slope at 0 without its sign: it does not say what a channel could learn.
 
 From minDiffusion's curriculum and sparsity fork; growth by gradient is from RigL (Evci
-et al. 2020, arXiv:1911.11134). It helps only where channels are scarce: RESULTS.md.
+et al. 2020, arXiv:1911.11134). On the digits it adds nothing: see RESULTS.md.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

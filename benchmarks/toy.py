@@ -1,7 +1,7 @@
 """Which way to train is better on the coarse/fine toy?
 
     python benchmarks/toy.py                      everything
-    python benchmarks/toy.py --cases 64 3000      one width, one number of steps
+    python benchmarks/toy.py --cases 64 3000 --out runs/toy      one of the cases
 
 Every arm of notebooks/toy.py gets the same steps, the same samples and the same grid of
 learning rates. Its rate is the one with the least mean excess risk over tuning seeds,
@@ -50,6 +50,7 @@ CLAIMS = [  # "the mask makes channels cleaner", "the curriculum is why they are
     ("mixed", "curriculum-mask-gradient", "curriculum"),
     ("mixed", "curriculum-mask-gradient", "curriculum-mask-random"),
     ("mixed", "uniform-mask-gradient", "uniform"),
+    ("mixed", "uniform-redraw", "uniform"),
     ("mixed", "uniform-mask-gradient", "uniform-redraw"),
     ("mixed", "curriculum", "uniform"),
     ("early", "curriculum-mask-gradient", "uniform-mask-gradient"),

@@ -1,7 +1,7 @@
 """Which way to keep clean channels for the fine feature does it, and at what price?
 
     python benchmarks/who.py                      64 channels; 4 minutes of one core
-    python benchmarks/who.py --cases 128 3000     another width
+    python benchmarks/who.py --cases 128 3000 --out runs/who    another width
 
 A hard mask, with births by gradient or at random; weak channels that are redrawn; a
 small start, from which dormant channels are said to wake in order (Kunin et al. 2025,
@@ -337,4 +337,7 @@ def main(opt: Options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"who.py: {error}")

@@ -72,6 +72,7 @@ def checkpoint(path, script, shape=(1, 8, 8), **options):
         ("samplers.py base.pt --calls 0", "--seeds and --calls are 1 or more"),
         ("archs.py --steps -1", "--steps and --seeds are 1 or more"),
         ("video.py --steps -1", "--steps cannot be -1"),
+        ("who.py --cases 64 100", "100 steps are too few for five stages"),
     ],
 )
 def test_wrong_words_get_one_clear_line(line, says, call, capsys):

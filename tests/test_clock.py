@@ -137,3 +137,16 @@ def test_seeds_that_train_side_by_side_do_not_touch(kind, optimizer):
     )
     torch.testing.assert_close(many[:, 1:], alone, atol=2e-5, rtol=0)
     assert (many[-1, 0] - many[-1, 1]).abs().max() > 1e-4
+
+
+def test_the_second_table_fits_only_components_that_all_runs_learned():
+    times = np.random.default_rng(0).uniform(1, 99, (2, 3, 32))  # runs, seeds
+    times[0, 1, 7] = times[1, 2, 20] = np.nan
+    kept = {f"digits, {k}": {"times": times[k].tolist()} for k in (0, 1)}
+    found = list(clock.alike({**kept, "toy, 0": {"times": [[np.nan] * 4]}}))
+    x = np.delete(2 * clock.Digits().a[:32].double().log().numpy(), [7, 20])
+    for k, (name, numbers, _) in enumerate(found):
+        y = np.delete(np.log(times[k]), [7, 20], axis=1)
+        want = np.polyfit(x, y.T, 1)[0]
+        assert name == f"digits, {k}, 30"
+        np.testing.assert_allclose(numbers["slope"], want, rtol=1e-5)
