@@ -13,10 +13,11 @@ likewise for held; and recipe.json, training options that suit the data.
 The middle square of each picture is resized, of CelebA's the middle 140 pixels, the
 face. Transparent parts become white, 16 bits become 8. If all is grey, one channel is
 kept. Data without a test set has a fifth held out, by a hash of the names: a picture
-keeps its part when others are added. Of what is held out 1,024 pictures or frames are
-kept, or as many as have no more pixels than 1,024 of 32x32. A clip is named after its
-folder, say cats/0001, or its number in the npz, 000000. Its motion is cats/0001.npy in
---motion-dir, in pixels of the original frames: (F - 1,), or (F - 1, H, W), averaged.
+keeps its part when others are added. At most 1,024 held-out pictures or frames are
+kept, above 32x32 only as many pixels as these have: one batch is to hold them. A clip
+is named after its folder, say cats/0001, or its number in the npz, 000000. Its motion
+is cats/0001.npy in --motion-dir, in pixels of the original frames: (F - 1,), or maps
+(F - 1, H, W), which are averaged.
 """
 
 # ---- 1. Config ---------------------------------------------------------------------

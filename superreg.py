@@ -18,7 +18,7 @@ Mind:
     size for each weight; here a filter of n weights has one, eta = lr / sqrt(mean v_hat
     + lambda^2 / n), where lambda^2 / n is the mean square of the penalty's gradient.
     Without that term, filters without a gradient so far would be emptied at step 1.
-    (Equal step sizes in a group: Yun, Lozano and Yang 2021, NeurIPS.)
+    (Equal step sizes in a group: Yun, Lozano and Yang, NeurIPS 2021.)
  3. The first convolution of each block feeds a GroupNorm, which undoes a common shrink:
     there (30 % of the filters) Omega says little about function.
  4. Zeros are counted in the raw weights, and they all come back when lambda is 0.

@@ -176,6 +176,13 @@ def test_both_densities_train_and_the_held_out_loss_has_no_weight(tiny, monkeypa
     assert float(rows[0]["held_t450"]) == pytest.approx(plain.item(), rel=1e-5)
 
 
+def test_a_run_goes_on_with_another_solver_for_its_grids(tiny):
+    short = "--data tiny --out run --quiet --steps"
+    assert command_line(superflow, f"{short} 2") == 0
+    assert command_line(superflow, f"{short} 3 --heun --resume") == 0
+    assert superflow.read_checkpoint("run/last.pt")["step"] == 3
+
+
 def test_heun_needs_the_flow(capsys):
     assert command_line(superflow, "--heun --no-flow --steps 1") == 2
     assert "--heun is for --flow" in capsys.readouterr().err.replace("│", " ")
